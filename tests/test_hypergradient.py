@@ -1,0 +1,1502 @@
+"""`hypergradient` against truths worked out here by other means: closed forms, dense algebra, central differences.
+
+Nothing of the core but its public names is used. What a test compares with is autograd through plain code with
+`create_graph=True`, dense matrices, or the whole pipeline run again at φ ± h.
+"""
+
+import gc
+import inspect
+import math
+import subprocess
+import sys
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import metapt
+from metapt import Hypergradient, Solver, Unroll, hypergradient
+
+METHODS = ("identity", "neumann", "cg", "nystrom")
+FULL_RANK = 10**6  # a Nyström rank that is cut down to the number of parameters
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tools
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw(*shape, seed, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def run(problem, **options) -> Hypergradient:
+    losses = (problem.pretrain_loss, problem.finetune_loss, problem.validation_loss)
+    return hypergradient(*losses, problem.theta, problem.psi, problem.phi, **options)
+
+
+def changed(problem, **fields):
+    return SimpleNamespace(**{**vars(problem), **fields})
+
+
+def flat(x):
+    return torch.cat([t.detach().reshape(-1) for t in x.values()]) if isinstance(x, dict) else x.detach().reshape(-1)
+
+
+def error(found, truth) -> float:
+    """Relative error of a tensor or of a dict of tensors taken as one vector."""
+    found, truth = flat(found), flat(truth)
+    return ((found - truth).norm() / truth.norm()).item()
+
+
+def errors(found: Hypergradient, truth) -> dict:
+    """The relative errors of whatever tensors `truth` has."""
+    fields = [f for f in ("phi", "psi0", "value", "psi", "q") if hasattr(truth, f)]
+    return {field: error(getattr(found, field), getattr(truth, field)) for field in fields}
+
+
+def leaves(params):
+    return {name: t.detach().clone().requires_grad_() for name, t in params.items()}
+
+
+def same(left, right) -> bool:
+    """Bitwise equality of nested dicts of tensors and numbers."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+def counted(loss):
+    def wrapped(first, second):
+        wrapped.calls += 1
+        return loss(first, second)
+
+    wrapped.calls = 0
+    return wrapped
+
+
+def plain_finetuning(losses, theta, psi, unroll, state=None):
+    """K FT steps as textbooks write them, differentiable from end to end: nothing here is detached."""
+    t, m, s = state or (0, {}, {})
+    m, s, (beta1, beta2) = dict(m), dict(s), unroll.betas
+    for loss in losses:
+        params = {("psi", name): p for name, p in psi.items()}
+        if unroll.scope == "all":
+            params |= {("theta", name): p for name, p in theta.items()}
+        grads = torch.autograd.grad(loss(theta, psi), list(params.values()), create_graph=True, allow_unused=True)
+        t += 1
+        for (key, p), g in zip(params.items(), grads, strict=True):
+            if g is None:
+                continue
+            if unroll.optimizer == "sgd":
+                params[key] = p - unroll.lr * g
+                continue
+            m[key] = beta1 * m.get(key, 0) + (1 - beta1) * g
+            s[key] = beta2 * s.get(key, 0) + (1 - beta2) * g**2
+            m_hat, s_hat = m[key] / (1 - beta1**t), s[key] / (1 - beta2**t)
+            params[key] = p - unroll.lr * m_hat / (s_hat**0.5 + unroll.eps)
+        psi = {name: params["psi", name] for name in psi}
+        theta = {name: params.get(("theta", name), p) for name, p in theta.items()}
+    return theta, psi, (t, m, s)
+
+
+def plain_moments(problem, unroll):
+    """The state that Adam is left in by an earlier, separate stretch of FT."""
+    losses = [problem.finetune_loss] * unroll.steps
+    _, _, (t, m, s) = plain_finetuning(losses, leaves(problem.theta), leaves(problem.psi), unroll)
+    return t, {key: x.detach() for key, x in m.items()}, {key: x.detach() for key, x in s.items()}
+
+
+def plain_truth(problem, unroll, state=None, losses=None):
+    """v, dL_V/dψ_0, L_V and ψ_K, by autograd straight through the plain FT."""
+    theta, psi = leaves(problem.theta), leaves(problem.psi)
+    losses = losses or [problem.finetune_loss] * unroll.steps
+    theta_k, psi_k, _ = plain_finetuning(losses, theta, psi, unroll, state)
+    value = problem.validation_loss(theta_k, psi_k)
+    grads = torch.autograd.grad(value, [*theta.values(), *psi.values()], materialize_grads=True)
+    v, psi0 = dict(zip(theta, grads)), dict(zip(psi, grads[len(theta) :]))
+    return SimpleNamespace(v=v, psi0=psi0, value=value.detach(), psi={n: t.detach() for n, t in psi_k.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Ridge regression as PT: θ*(φ) is a differentiable formula, so autograd through it gives dL_V/dφ without the theorem
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ridge():
+    """PT on three tasks, φ being their weights and each row's log-regulariser; FT fits a linear head on inputs @ θ."""
+    inputs, targets = draw(3, 12, 4, seed=1), draw(3, 12, 3, seed=2)
+    padded = torch.cat([inputs, torch.ones(3, 12, 1, dtype=torch.float64)], dim=2)
+    finetune_data = draw(8, 4, seed=3), draw(8, seed=4)
+    validation_data = draw(8, 4, seed=5), draw(8, seed=6)
+
+    def pretrain_loss(theta, phi):
+        misfit = (inputs @ theta["weight"] + theta["bias"] - targets).square().sum(2).mean(1)
+        rows = torch.cat([theta["weight"], theta["bias"][None]]).square().sum(1)
+        return phi["task"] @ misfit + phi["log_l2"].exp() @ rows
+
+    def normal_equations(phi):
+        """Aθ = B at the minimum; the Hessian is 2A for each of the three outputs."""
+        gram = torch.einsum("t,tni,tnj->ij", phi["task"], padded, padded) / 12
+        return gram + phi["log_l2"].exp().diag(), torch.einsum("t,tni,tnj->ij", phi["task"], padded, targets) / 12
+
+    def minimum(phi):
+        solution = torch.linalg.solve(*normal_equations(phi))
+        return {"weight": solution[:-1], "bias": solution[-1]}
+
+    def head_loss(data, theta, psi):  # theta's bias is PT's alone: FT and validation ignore it
+        return (data[0] @ theta["weight"] @ psi["a"] + psi["b"] - data[1]).square().mean()
+
+    phi = {"task": torch.tensor([0.7, 1.3, 0.4], dtype=torch.float64), "log_l2": draw(5, seed=7) / 3 - 1}
+    return SimpleNamespace(
+        pretrain_loss=pretrain_loss,
+        finetune_loss=lambda theta, psi: head_loss(finetune_data, theta, psi) + 0.1 * psi["a"].square().sum(),
+        validation_loss=lambda theta, psi: head_loss(validation_data, theta, psi),
+        theta=minimum(phi),
+        psi={"a": draw(3, seed=8), "b": draw(1, seed=9).squeeze()},
+        phi=phi,
+        minimum=minimum,
+        normal_equations=normal_equations,
+    )
+
+
+def ridge_hessian(problem):
+    return torch.kron(2 * problem.normal_equations(problem.phi)[0], torch.eye(3, dtype=torch.float64))
+
+
+def ridge_mixed_product(problem, q):
+    """qᵀ∇²_θφ L_PT from ∇_θ L_PT = 2(Aθ − B)."""
+    phi, theta = leaves(problem.phi), torch.cat([problem.theta["weight"], problem.theta["bias"][None]])
+    a, b = problem.normal_equations(phi)
+    return dict(zip(phi, torch.autograd.grad((q.view(5, 3) * 2 * (a @ theta - b)).sum(), list(phi.values()))))
+
+
+def ridge_truth(problem, unroll, state=None):
+    """dL_V/dφ by autograd through the solve and the FT steps: neither v, nor q, nor the implicit function theorem."""
+    phi = leaves(problem.phi)
+    losses = [problem.finetune_loss] * unroll.steps
+    theta_k, psi_k, _ = plain_finetuning(losses, problem.minimum(phi), leaves(problem.psi), unroll, state)
+    grads = torch.autograd.grad(problem.validation_loss(theta_k, psi_k), list(phi.values()))
+    truth = plain_truth(problem, unroll, state)
+    return SimpleNamespace(phi=dict(zip(phi, grads)), psi0=truth.psi0, value=truth.value, psi=truth.psi, v=truth.v)
+
+
+# Small decays and few steps, so that bias correction and moments carry weight.
+UNROLLS = [
+    pytest.param(
+        Unroll(steps, lr, (0.8, 0.95), 1e-4, optimizer, scope), carried, id=f"{optimizer}-{scope}-K{steps}{tag}"
+    )
+    for scope in ("head", "all")
+    for optimizer, lr, steps, carried, tag in (
+        ("sgd", 0.1, 0, 0, ""),
+        ("sgd", 0.1, 1, 0, ""),
+        ("sgd", 0.1, 3, 0, ""),
+        ("adam", 0.1, 0, 0, ""),
+        ("adam", 0.1, 1, 0, ""),
+        ("adam", 0.1, 3, 0, ""),
+        ("adam", 0.1, 1, 2, "-carried"),
+        ("adam", 0.1, 3, 2, "-carried"),
+    )
+]
+
+
+def with_steps(unroll, steps):
+    return Unroll(steps, unroll.lr, unroll.betas, unroll.eps, unroll.optimizer, unroll.scope)
+
+
+def carried_state(problem, unroll, carried):
+    """The FT state after `carried` earlier steps, as an earlier call hands it over."""
+    return run(problem, unroll=with_steps(unroll, carried), solver=Solver("identity")).ft_state if carried else None
+
+
+@pytest.mark.parametrize("unroll, carried", UNROLLS)
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("method, terms", [("cg", 5), ("nystrom", FULL_RANK)])
+def test_ridge_equals_autograd_through_the_closed_form(unroll, carried, method, terms, hvp):
+    problem = ridge()  # five cg iterations: the Hessian has five distinct eigenvalues
+    state = plain_moments(problem, with_steps(unroll, carried)) if carried else None
+    truth = ridge_truth(problem, unroll, state)
+    ft_state = carried_state(problem, unroll, carried)
+    found = run(problem, unroll=unroll, solver=Solver(method, terms, hvp=hvp), ft_state=ft_state)
+    tolerance = 1e-8 if hvp == "exact" else 1e-6
+    assert all(e < tolerance for e in errors(found, truth).values()), errors(found, truth)
+    assert found.residual < tolerance
+
+
+@pytest.mark.parametrize("terms", [0, 1, 7])
+def test_ridge_neumann_is_its_finite_sum(terms):
+    problem, alpha = ridge(), 0.05
+    unroll = Unroll(2, 0.1)
+    found = run(problem, unroll=unroll, solver=Solver("neumann", terms, alpha=alpha))
+    step = torch.eye(15, dtype=torch.float64) - alpha * ridge_hessian(problem)
+    v = flat(plain_truth(problem, unroll).v)
+    q = alpha * sum(torch.linalg.matrix_power(step, j) @ v for j in range(terms + 1))
+    assert error(found.q, q) < 1e-10
+    assert error(found.phi, -flat(ridge_mixed_product(problem, q))) < 1e-10
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_ridge_with_another_loss_at_each_step(optimizer, scope):
+    problem = ridge()
+    unroll = Unroll(3, 0.1, (0.8, 0.95), 1e-4, optimizer, scope)
+    losses = [lambda theta, psi, k=k: (1 + k) * problem.finetune_loss(theta, psi) + k * psi["b"] for k in range(3)]
+    truth = plain_truth(problem, unroll, losses=losses)
+    found = run(changed(problem, finetune_loss=losses), unroll=unroll, solver=Solver("identity"))
+    assert max(error(found.q, truth.v), error(found.psi0, truth.psi0), error(found.psi, truth.psi)) < 1e-10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Solvers, on ½ θᵀHθ − φᵀθ with a chosen H and v: there θ* = H⁻¹φ, so dL_V/dφ is q itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def spd(n, seed, condition=20.0):
+    """A symmetric matrix with eigenvalues from 1 to `condition`, evenly spread in logarithm."""
+    basis = torch.linalg.qr(draw(n, n, seed=seed)).Q
+    return basis @ torch.logspace(0, math.log10(condition), n, dtype=torch.float64).diag() @ basis.T
+
+
+def quadratic(hessian, v, dtype=torch.float64):
+    """θ in two pieces, so that a solver has to take dicts apart and put them together."""
+    n = len(v)
+    hessian, v = hessian.to(dtype), v.to(dtype)
+
+    def joined(theta):
+        return torch.cat([theta["a"].reshape(-1), theta["b"]])
+
+    def pretrain_loss(theta, phi):
+        return joined(theta) @ hessian @ joined(theta) / 2 - phi["target"] @ joined(theta)
+
+    return SimpleNamespace(
+        pretrain_loss=pretrain_loss,
+        finetune_loss=lambda theta, psi: psi["head"].square().sum(),
+        validation_loss=lambda theta, psi: v @ joined(theta),
+        theta={"a": draw(2, 2, seed=11, dtype=dtype), "b": draw(n - 4, seed=12, dtype=dtype)},
+        psi={"head": torch.ones(2, dtype=dtype)},
+        phi={"target": draw(n, seed=13, dtype=dtype)},
+    )
+
+
+def residual_of(q, hessian, v):
+    return ((hessian @ flat(q) - v).norm() / v.norm()).item()
+
+
+def krylov_solution(hessian, v, terms, inverse=None):
+    """What `terms` iterations of (preconditioned) cg reach: the minimum of ½qᵀHq − vᵀq over the Krylov space."""
+    inverse = torch.eye(len(v), dtype=v.dtype) if inverse is None else inverse
+    space = [inverse @ v]
+    for _ in range(terms - 1):
+        space.append(inverse @ hessian @ space[-1])
+    basis = torch.linalg.qr(torch.stack([d / d.norm() for d in space], dim=1)).Q
+    return basis @ torch.linalg.solve(basis.T @ hessian @ basis, basis.T @ v)
+
+
+@pytest.mark.parametrize("hvp, tolerance", [("exact", 1e-10), ("finite", 1e-7)])
+@pytest.mark.parametrize("damping", [0.0, 0.7])
+@pytest.mark.parametrize(
+    "method, terms",
+    [("identity", 1), ("neumann", 0), ("neumann", 1), ("neumann", 6), ("cg", 1), ("cg", 3), ("cg", 8), ("nystrom", 8)],
+)
+def test_solver_equals_its_dense_formula(method, terms, damping, hvp, tolerance):
+    hessian, v, alpha = spd(8, seed=21), draw(8, seed=22), 0.03
+    damped = hessian + damping * torch.eye(8, dtype=torch.float64)
+    truth = {
+        "identity": lambda: v,
+        "neumann": lambda: (
+            alpha * sum(torch.linalg.matrix_power(torch.eye(8) - alpha * damped, j) @ v for j in range(terms + 1))
+        ),
+        "cg": lambda: krylov_solution(damped, v, terms),
+        "nystrom": lambda: torch.linalg.solve(damped, v),
+    }[method]()
+    found = run(quadratic(hessian, v), solver=Solver(method, terms, alpha=alpha, damping=damping, hvp=hvp))
+    assert error(found.q, truth) < tolerance
+    assert error(found.phi, truth) < tolerance
+    if method in ("identity", "neumann"):
+        assert math.isnan(found.residual)
+    else:
+        assert found.residual == pytest.approx(residual_of(truth, damped, v), rel=1e-6, abs=10 * tolerance)
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("method, terms", [("cg", 2), ("nystrom", 4)])
+def test_residual_is_that_of_the_returned_q(method, terms, hvp):
+    hessian, v = spd(8, seed=21), draw(8, seed=22)
+    found = run(quadratic(hessian, v), solver=Solver(method, terms, damping=0.5, hvp=hvp))
+    truth = residual_of(found.q, hessian + 0.5 * torch.eye(8, dtype=torch.float64), v)
+    assert truth > 0.05
+    assert found.residual == pytest.approx(truth, rel=1e-6)
+
+
+def test_cg_stops_at_its_tolerance():
+    hessian, v = spd(8, seed=21), draw(8, seed=22)
+    loose = run(quadratic(hessian, v), solver=Solver("cg", 100, tol=0.1))
+    assert 1e-4 < loose.residual <= 0.1
+    problem = quadratic(hessian, v)
+    problem.pretrain_loss = counted(problem.pretrain_loss)
+    assert run(problem, solver=Solver("cg", 100, tol=1e-5, hvp="finite")).residual <= 1e-5
+    assert problem.pretrain_loss.calls <= 2 * 9  # eight distinct eigenvalues: eight iterations, nine with rounding
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+def test_cg_with_the_inverse_as_preconditioner_needs_one_iteration(hvp):
+    hessian, v = spd(8, seed=23, condition=1000), draw(8, seed=24)
+    problem, inverse = quadratic(hessian, v), torch.linalg.inv(hessian)
+
+    def precondition(r):
+        assert {name: t.shape for name, t in r.items()} == {name: t.shape for name, t in problem.theta.items()}
+        solution = inverse @ flat(r)
+        return {"a": solution[:4].view(2, 2), "b": solution[4:]}
+
+    found = run(problem, solver=Solver("cg", 1, hvp=hvp), preconditioner=precondition)
+    assert error(found.q, inverse @ v) < 1e-6
+    assert run(problem, solver=Solver("cg", 1, hvp=hvp)).residual > 0.1  # and without it does not
+
+
+@pytest.mark.parametrize("terms", [1, 3])
+def test_cg_with_jacobi_is_the_best_of_the_preconditioned_krylov_space(terms):
+    scale = torch.logspace(-1, 1, 8, dtype=torch.float64)
+    hessian, v = scale[:, None] * spd(8, seed=25, condition=5) * scale, draw(8, seed=26)
+    diagonal = hessian.diagonal()
+    jacobi = lambda r: {"a": r["a"] / diagonal[:4].view(2, 2), "b": r["b"] / diagonal[4:]}
+    found = run(quadratic(hessian, v), solver=Solver("cg", terms), preconditioner=jacobi)
+    assert error(found.q, krylov_solution(hessian, v, terms, (1 / diagonal).diag())) < 1e-8
+
+
+def test_nystrom_is_exact_once_its_rank_reaches_that_of_the_hessian():
+    factor, v = draw(12, 3, seed=27), draw(12, seed=28)
+    hessian = factor @ factor.T
+    truth = torch.linalg.solve(hessian + 0.1 * torch.eye(12, dtype=torch.float64), v)
+    for rank in (3, 5, 12):
+        assert error(run(quadratic(hessian, v), solver=Solver("nystrom", rank, damping=0.1)).q, truth) < 1e-8
+    assert error(run(quadratic(hessian, v), solver=Solver("nystrom", 2, damping=0.1)).q, truth) > 1e-2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-3), (torch.float64, 1e-7)])
+def test_nystrom_of_more_than_the_hessians_rank_with_noisy_products(dtype, tolerance):
+    # Differences leave noise where the sketched Hessian has nothing: it must not be taken for curvature.
+    factor, v = draw(60, 3, seed=27), draw(60, seed=28)
+    hessian = factor @ factor.T
+    truth = torch.linalg.solve(hessian + torch.eye(60, dtype=torch.float64), v)
+    problem = quadratic(hessian, v, dtype)
+    assert error(run(problem, solver=Solver("nystrom", 20, damping=1.0, hvp="finite")).q, truth) < tolerance
+
+
+def test_nystrom_comes_closer_to_the_truth_with_its_rank():
+    hessian, v = spd(16, seed=29, condition=1e5) / 1e3, draw(16, seed=30)
+    truth = torch.linalg.solve(hessian + 0.1 * torch.eye(16, dtype=torch.float64), v)
+    found = [run(quadratic(hessian, v), solver=Solver("nystrom", rank, damping=0.1)) for rank in (1, 4, 8, 12, 16)]
+    distances = [error(f.q, truth) for f in found]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-2] < 0.3 and distances[-1] < 1e-8
+
+
+def test_nystrom_sketch_follows_its_seed():
+    problem = quadratic(spd(8, seed=21), draw(8, seed=22))
+    q = [run(problem, solver=Solver("nystrom", 3, damping=0.1, seed=seed)).q for seed in (0, 0, 1)]
+    assert same(q[0], q[1]) and not same(q[0], q[2])
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_neumann_estimates_its_step_from_the_largest_curvature(sign, hvp):
+    hessian, v = spd(8, seed=21, condition=100), draw(8, seed=22)
+    found = run(quadratic(sign * hessian, v), solver=Solver("neumann", 0, hvp=hvp))
+    alpha = (flat(found.q) @ v / (v @ v)).item()
+    assert error(found.q, alpha * v) < 1e-10
+    assert 1 / 100 * (1 - 1e-6) < alpha < 1 / 100 * 1.2
+
+
+def test_neumann_step_size_without_any_curvature():
+    problem = quadratic(torch.zeros(8, 8, dtype=torch.float64), draw(8, seed=22))
+    assert all(t.isfinite().all() for t in run(problem).phi.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Finite against exact, on a small network with BatchNorm in training mode and dropout
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self, dropout=0.2):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Linear(4, 5), nn.Tanh(), nn.Dropout(dropout), nn.Linear(5, 4), nn.BatchNorm1d(4)
+        )
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.head(nn.functional.softplus(self.encoder(inputs)))
+
+
+def network(dtype=torch.float64, dropout=0.2, device="cpu"):
+    """φ weighs the classes and shifts the inputs of PT; ψ is a head of the same shape as PT's."""
+    torch.manual_seed(31)
+    net = Net(dropout).to(device, dtype)
+    inputs = draw(3, 24, 4, seed=32, dtype=dtype).to(device)
+    labels = torch.randint(3, (3, 24), generator=torch.Generator().manual_seed(33)).to(device)
+    theta = {name: p.detach().clone() for name, p in net.named_parameters()}
+    buffers = dict(net.named_buffers())
+
+    def logits(theta, inputs):  # in training mode BatchNorm writes to its buffers: each pass gets copies
+        return functional_call(net, {**theta, **{name: b.clone() for name, b in buffers.items()}}, (inputs,))
+
+    def pretrain_loss(theta, phi):
+        scores = logits(theta, inputs[0] + phi["shift"])
+        weighed = phi["weight"][labels[0]] * nn.functional.cross_entropy(scores, labels[0], reduction="none")
+        return weighed.mean() + 0.01 * sum(p.square().sum() for p in theta.values())
+
+    def head_loss(split, theta, psi):
+        own_head = {"head.weight": psi["weight"], "head.bias": psi["bias"]}
+        return nn.functional.cross_entropy(logits({**theta, **own_head}, inputs[split]), labels[split])
+
+    return SimpleNamespace(
+        pretrain_loss=pretrain_loss,
+        finetune_loss=lambda theta, psi: head_loss(1, theta, psi),
+        validation_loss=lambda theta, psi: head_loss(2, theta, psi),
+        theta=theta,
+        psi={n: draw(*s, seed=34, dtype=dtype).to(device) / 2 for n, s in (("weight", (3, 4)), ("bias", (3,)))},
+        phi={n: t.to(device, dtype) for n, t in (("weight", draw(3, seed=35).exp()), ("shift", draw(4, seed=36) / 5))},
+    )
+
+
+SOLVERS = [  # away from a minimum the Hessian is indefinite: the damping makes up for it
+    pytest.param({"method": "identity"}, id="identity"),
+    pytest.param({"method": "neumann", "terms": 3, "alpha": 0.2}, id="neumann"),
+    pytest.param({"method": "neumann", "terms": 1, "damping": 0.1}, id="neumann-own-alpha"),
+    pytest.param({"method": "cg", "terms": 4, "damping": 0.5}, id="cg"),
+    pytest.param({"method": "nystrom", "terms": FULL_RANK, "damping": 0.5}, id="nystrom-full"),
+    pytest.param({"method": "nystrom", "terms": 5, "damping": 0.5}, id="nystrom"),
+]
+
+
+@pytest.mark.parametrize("unroll, carried", UNROLLS)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.float64, 1e-6)])
+def test_finite_equals_exact(unroll, carried, solver, dtype, tolerance):
+    problem = network(dtype)
+    torch.manual_seed(37)
+    ft_state = carried_state(problem, unroll, carried)
+    torch.manual_seed(38)
+    exact = run(problem, unroll=unroll, solver=Solver(**solver), ft_state=ft_state)
+    torch.manual_seed(38)
+    finite = run(problem, unroll=unroll, solver=Solver(**solver, hvp="finite"), ft_state=ft_state)
+    assert all(e < tolerance for e in errors(finite, exact).values()), errors(finite, exact)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.float64, 1e-6)])
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_finite_does_not_mind_the_scale_of_the_validation_loss(scale, dtype, tolerance):
+    problem = network(dtype, dropout=0.0)
+    loss = problem.validation_loss
+    options = {"unroll": Unroll(2, 0.1, scope="all"), "solver": Solver("cg", 3, damping=0.5, hvp="finite")}
+    one = run(problem, **options)
+    scaled = run(changed(problem, validation_loss=lambda theta, psi: scale * loss(theta, psi)), **options)
+    assert error(scaled.phi, scale * flat(one.phi)) < tolerance
+    assert error(scaled.psi0, scale * flat(one.psi0)) < tolerance
+
+
+@pytest.mark.parametrize("step", [1e-3, 0.1])
+def test_finite_steps_as_far_as_it_is_told_and_both_ways(step):
+    problem, seen = network(dropout=0.0), []
+    loss = problem.pretrain_loss
+
+    def pretrain_loss(theta, phi):
+        seen.append(flat(theta) - flat(problem.theta))
+        return loss(theta, phi)
+
+    found = run(changed(problem, pretrain_loss=pretrain_loss), solver=Solver("identity", hvp="finite", step=step))
+    direction = flat(found.q) / flat(found.q).norm()
+    assert len(seen) == 2
+    assert error(seen[0], step * direction) < 1e-8 and error(seen[1], -step * direction) < 1e-8
+
+
+@pytest.mark.parametrize("unroll, carried", UNROLLS)
+def test_exact_equals_autograd_through_plain_finetuning_of_the_network(unroll, carried):
+    problem = network(dropout=0.0)
+    state = plain_moments(problem, with_steps(unroll, carried)) if carried else None
+    truth = plain_truth(problem, unroll, state)
+    ft_state = carried_state(problem, unroll, carried)
+    found = run(problem, unroll=unroll, solver=Solver("identity"), ft_state=ft_state)
+    assert all(e < 1e-8 for e in errors(found, truth).values()), errors(found, truth)
+    v = flat(truth.v)
+    assert error(flat(found.q), v) < 1e-8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Central differences of everything: PT to its minimum, FT, validation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tanh_network():
+    """Non-convex, but with enough weight decay for a positive definite Hessian at the minimum."""
+    inputs, targets = draw(4, 8, 3, seed=41), draw(4, 8, 2, seed=42)
+    finetune_data, validation_data = (
+        (draw(10, 3, seed=43), draw(10, seed=44)),
+        (draw(10, 3, seed=45), draw(10, seed=46)),
+    )
+
+    def features(theta, x):
+        return torch.tanh(x @ theta["w1"] + theta["b1"])
+
+    def pretrain_loss(theta, phi):
+        misfit = features(theta, inputs + phi["shift"]) @ theta["w2"] + theta["b2"] - targets
+        decay = sum(p.square().sum() for p in theta.values())
+        return phi["weight"] @ misfit.square().mean((1, 2)) + phi["log_decay"].exp() * decay
+
+    def head_loss(data, theta, psi):
+        return nn.functional.softplus(-data[1].sign() * (features(theta, data[0]) @ psi["w"] + psi["b"])).mean()
+
+    return SimpleNamespace(
+        pretrain_loss=pretrain_loss,
+        finetune_loss=lambda theta, psi: head_loss(finetune_data, theta, psi),
+        validation_loss=lambda theta, psi: head_loss(validation_data, theta, psi),
+        theta={
+            n: draw(*s, seed=47 + len(n) + len(s))
+            for n, s in (("w1", (3, 3)), ("b1", (3,)), ("w2", (3, 2)), ("b2", (2,)))
+        },
+        psi={"w": draw(3, seed=48), "b": draw(1, seed=49).squeeze()},
+        phi={
+            "weight": draw(4, seed=50).exp(),
+            "shift": draw(3, seed=51) / 5,
+            "log_decay": torch.tensor(0.02, dtype=torch.float64).log(),
+        },
+    )
+
+
+def unflat(vector, like):
+    pieces = vector.split([t.numel() for t in like.values()])
+    return {name: piece.view(t.shape) for piece, (name, t) in zip(pieces, like.items(), strict=True)}
+
+
+def newton(loss, theta, iterations):
+    """Newton's method to a gradient of 1e-12 or less; returns the minimum and the Hessian there."""
+    point = flat(theta)
+    of_vector = lambda x: loss(unflat(x, theta))
+    for _ in range(iterations):
+        gradient = torch.autograd.functional.jacobian(of_vector, point)
+        hessian = torch.autograd.functional.hessian(of_vector, point)
+        if gradient.norm() <= 1e-15:
+            break
+        point = point - torch.linalg.solve(hessian, gradient)
+    assert torch.autograd.functional.jacobian(of_vector, point).norm() <= 1e-12
+    return unflat(point, theta), hessian
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    """The network at its minimum, and the minima for each φ_i ± h, polished from there."""
+    problem, h = tanh_network(), 1e-5
+    rough = leaves(problem.theta)
+    lbfgs = torch.optim.LBFGS(list(rough.values()), max_iter=500, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+
+    def closure():
+        lbfgs.zero_grad()
+        loss = problem.pretrain_loss(rough, problem.phi)
+        loss.backward()
+        return loss
+
+    lbfgs.step(closure)
+    problem.theta, hessian = newton(lambda theta: problem.pretrain_loss(theta, problem.phi), rough, iterations=6)
+    curvatures = torch.linalg.eigvalsh(hessian)
+    assert curvatures.min() > 0.01  # a proper minimum, and well enough conditioned for differences
+    centre = flat(problem.phi)
+    problem.neighbours = []
+    for shift in h * torch.eye(len(centre), dtype=torch.float64):
+        for phi in (unflat(centre + shift, problem.phi), unflat(centre - shift, problem.phi)):
+            minimum, _ = newton(lambda theta, phi=phi: problem.pretrain_loss(theta, phi), problem.theta, iterations=4)
+            problem.neighbours.append(minimum)
+    problem.h = h
+    return problem
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize(
+    "optimizer, lr, steps", [("sgd", 0.5, 1), ("sgd", 0.5, 4), ("adam", 0.05, 1), ("adam", 0.05, 4)]
+)
+def test_central_differences_of_the_whole_pipeline(pretrained, optimizer, lr, steps, scope):
+    unroll = Unroll(steps, lr, optimizer=optimizer, scope=scope)
+
+    def value(theta):
+        return plain_truth(changed(pretrained, theta=theta), unroll).value
+
+    values = torch.stack([value(theta) for theta in pretrained.neighbours]).view(-1, 2)
+    truth = (values[:, 0] - values[:, 1]) / (2 * pretrained.h)
+    for solver in (
+        Solver("cg", 200, tol=1e-12),
+        Solver("nystrom", FULL_RANK),
+        Solver("cg", 200, tol=1e-7, hvp="finite"),
+        Solver("nystrom", FULL_RANK, hvp="finite"),
+    ):
+        assert error(run(pretrained, unroll=unroll, solver=solver).phi, truth) < 1e-5, solver
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The contract
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def copies(problem):
+    return {group: {n: t.clone() for n, t in getattr(problem, group).items()} for group in ("theta", "psi", "phi")}
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("as_parameters", [False, True])
+def test_arguments_are_left_as_they_were(method, hvp, as_parameters):
+    problem = network()
+    if as_parameters:  # as `dict(module.named_parameters())` hands them over
+        for group in ("theta", "psi", "phi"):
+            setattr(problem, group, {n: nn.Parameter(t) for n, t in getattr(problem, group).items()})
+    before = copies(problem)
+    identities = {group: {n: (id(t), t._version) for n, t in getattr(problem, group).items()} for group in before}
+    solver = Solver(method, 5, damping=1.0, hvp=hvp)
+    found = run(problem, unroll=Unroll(2, 0.1, optimizer="adam", scope="all"), solver=solver)
+    assert same(before, copies(problem))
+    for group, tensors in identities.items():
+        params = getattr(problem, group)
+        assert {n: (id(t), t._version) for n, t in params.items()} == tensors
+        assert all(t.grad is None and t.requires_grad == as_parameters for t in params.values())
+    for field in ("phi", "psi0", "psi", "q"):
+        assert not any(t.requires_grad for t in getattr(found, field).values())
+    assert not found.value.requires_grad
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("which", ["pretrain_loss", "finetune_loss", "validation_loss"])
+def test_arguments_are_left_as_they_were_when_a_loss_raises(which, hvp):
+    problem = network()
+    before, loss = copies(problem), counted(getattr(problem, which))
+    last = {"pretrain_loss": 4, "finetune_loss": 5, "validation_loss": 1}[which] if hvp == "finite" else 1
+
+    def failing(first, second):
+        value = loss(first, second)
+        if loss.calls == last:  # in the middle of a pair of passes, where there are pairs
+            raise RuntimeError("out of memory")
+        return value
+
+    setattr(problem, which, failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(problem, unroll=Unroll(2, 0.1, scope="all"), solver=Solver("cg", 3, damping=1.0, hvp=hvp))
+    assert same(before, copies(problem))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("method", METHODS)
+def test_results_have_keys_shapes_and_dtypes_of_the_parameters(method, hvp, dtype):
+    problem = network(dtype)
+    unroll = Unroll(1, 0.1, optimizer="adam")
+    found = run(problem, unroll=unroll, solver=Solver(method, 3, damping=1.0, hvp=hvp))
+    for result, params in (
+        (found.phi, problem.phi),
+        (found.psi0, problem.psi),
+        (found.psi, problem.psi),
+        (found.q, problem.theta),
+    ):
+        assert {n: (t.shape, t.dtype) for n, t in result.items()} == {n: (t.shape, t.dtype) for n, t in params.items()}
+        assert list(result) == list(params)
+    assert found.value.shape == () and found.value.dtype == dtype
+    assert isinstance(found.residual, float)
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("method", METHODS)
+def test_phi_may_have_a_dtype_of_its_own(method, hvp):
+    hessian, v = spd(8, seed=21), draw(8, seed=22)
+    problem = quadratic(hessian, v, torch.float32)
+    single = run(problem, solver=Solver(method, 8, alpha=0.03, hvp=hvp))
+    problem.phi = {"target": problem.phi["target"].double()}
+    loss = problem.pretrain_loss
+    problem.pretrain_loss = lambda theta, phi: loss(theta, {"target": phi["target"].float()})
+    found = run(problem, solver=Solver(method, 8, alpha=0.03, hvp=hvp))
+    assert found.phi["target"].dtype == torch.float64 and found.q["a"].dtype == torch.float32
+    assert error(found.phi, single.phi["target"].double()) < 1e-3
+
+
+def test_result_is_named_as_in_the_contract():
+    assert Hypergradient._fields[:7] == ("phi", "psi0", "value", "psi", "q", "ft_state", "residual")
+    parameters = list(inspect.signature(hypergradient).parameters.values())
+    names = ["pretrain_loss", "finetune_loss", "validation_loss", "theta", "psi", "phi"]
+    assert [p.name for p in parameters[:6]] == names
+    keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert {"unroll", "solver", "q0", "ft_state", "preconditioner"} <= keywords
+    assert list(inspect.signature(Unroll).parameters)[:6] == ["steps", "lr", "betas", "eps", "optimizer", "scope"]
+    fields = ["method", "terms", "alpha", "damping", "tol", "seed", "hvp"]
+    assert list(inspect.signature(Solver).parameters)[:7] == fields
+
+
+def test_what_is_returned_shares_no_memory_with_the_arguments():
+    problem = network()  # with K = 0, ψ_K is ψ_0: the caller's next in-place step on ψ must not reach it
+    found = run(problem, unroll=Unroll(0), solver=Solver("identity"))
+    kept = {name: t.clone() for name, t in found.psi.items()}
+    for t in problem.psi.values():
+        t.add_(1)
+    assert same(found.psi, kept)
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("method", METHODS)
+def test_unused_parameters_get_zeros(method, optimizer, hvp):
+    problem = ridge()
+    problem.phi = {**problem.phi, "unused": torch.ones(2, dtype=torch.float64)}
+    problem.psi = {**problem.psi, "unused": torch.ones(2, dtype=torch.float64)}
+    problem.theta = {**problem.theta, "unused": torch.ones(2, dtype=torch.float64)}
+    unroll = Unroll(2, 0.1, optimizer=optimizer, scope="all")
+    solver = Solver(method, 5, damping=0.1, hvp=hvp, alpha=0.05)
+    found = run(problem, unroll=unroll, solver=solver)
+    assert not found.phi["unused"].any() and not found.psi0["unused"].any()
+    assert found.q["unused"].norm() < 1e-9 * found.q["weight"].norm()  # nystrom's random directions leave rounding
+    assert torch.equal(found.psi["unused"], problem.psi["unused"])
+    assert found.phi["task"].all()
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("which", ["pretrain_loss", "finetune_loss", "validation_loss"])
+def test_a_loss_of_nothing_is_no_obstacle(which, optimizer, hvp):
+    problem = ridge()
+    setattr(problem, which, lambda first, second: torch.tensor(1.0, dtype=torch.float64))
+    unroll = Unroll(2, 0.1, optimizer=optimizer, scope="all")
+    found = run(problem, unroll=unroll, solver=Solver("neumann", 1, alpha=0.05, hvp=hvp))
+    assert same(found.psi, problem.psi) == (which == "finetune_loss")
+    assert flat(found.phi).any() == (which == "finetune_loss")
+    assert flat(found.psi0).any() == (which != "validation_loss")
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+def test_a_loss_that_is_linear_has_no_curvature_to_go_through(hvp):
+    problem = ridge()
+    problem.finetune_loss = lambda theta, psi: psi["a"].sum() + theta["weight"].sum()
+    unroll = Unroll(2, 0.1, optimizer="adam", scope="all")
+    found = run(problem, unroll=unroll, solver=Solver("identity", hvp=hvp))
+    truth = plain_truth(problem, unroll)
+    assert error(found.q, truth.v) < 1e-8 and error(found.psi0, truth.psi0) < 1e-8
+
+
+def relu_network(units):
+    """PT and FT on relu features of which only the first four are ever on: unit five and six are dead."""
+    inputs, targets = draw(3, 10, 3, seed=61), draw(3, 10, seed=62)
+    bias = torch.tensor([3.0, 3, 3, 3, -50, -50], dtype=torch.float64)[:units]
+
+    def features(theta, x):
+        return torch.relu(x @ theta["w"] + theta["b"])
+
+    def pretrain_loss(theta, phi):
+        misfit = (features(theta, inputs[0]) @ theta["out"] - targets[0]).square()
+        return phi["weight"] @ misfit + 0.1 * sum(p.square().sum() for p in theta.values())
+
+    def head_loss(split, theta, psi):
+        return (features(theta, inputs[split]) @ psi["out"] + psi["bias"] - targets[split]).square().mean()
+
+    return SimpleNamespace(
+        pretrain_loss=pretrain_loss,
+        finetune_loss=lambda theta, psi: head_loss(1, theta, psi),
+        validation_loss=lambda theta, psi: head_loss(2, theta, psi),
+        theta={"w": draw(3, 6, seed=63)[:, :units] / 5, "b": bias, "out": draw(6, seed=64)[:units] / 3},
+        psi={"out": draw(6, seed=65)[:units] / 3, "bias": torch.zeros((), dtype=torch.float64)},
+        phi={"weight": draw(10, seed=66).exp() / 10},
+    )
+
+
+@pytest.mark.parametrize("unroll, carried", [p for p in UNROLLS if "adam" in p.id])
+@pytest.mark.parametrize("hvp, tolerance", [("exact", 1e-8), ("finite", 1e-6)])
+def test_dead_units_do_as_if_they_were_not_there(unroll, carried, hvp, tolerance):
+    found = {}
+    for units in (4, 6):
+        problem = relu_network(units)
+        ft_state = carried_state(problem, unroll, carried)
+        found[units] = run(problem, unroll=unroll, solver=Solver("cg", 20, hvp=hvp, damping=1.0), ft_state=ft_state)
+    assert error(found[6].phi, found[4].phi) < tolerance
+    for field in ("psi0", "psi"):
+        alive = getattr(found[6], field)["out"]
+        assert error(alive[:4], getattr(found[4], field)["out"]) < tolerance
+    assert not found[6].psi0["out"][4:].any()
+    assert not found[6].q["w"][:, 4:].any() and not found[6].q["out"][4:].any()
+    assert torch.equal(found[6].psi["out"][4:], problem.psi["out"][4:])
+    # And against plain FT of the network without the dead units.
+    truth = plain_truth(relu_network(4), unroll, plain_moments(relu_network(4), with_steps(unroll, carried)))
+    assert error(found[4].psi0, truth.psi0) < tolerance
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+def test_a_first_gradient_of_exactly_zero(hvp):
+    # Nothing flows through that step itself (its slope there is infinite), but what goes through the moments does.
+    draws = {name: draw(3, seed=seed) for name, seed in (("w", 67), ("a", 68), ("phi", 69))}
+    zero = torch.tensor([False, False, True])
+    losses = [
+        lambda theta, psi: (psi["a"] - theta["w"]).square().sum(),
+        lambda theta, psi: (psi["a"] * theta["w"]).square().sum() + psi["a"].sum(),
+    ]
+    problem = SimpleNamespace(
+        pretrain_loss=lambda theta, phi: (theta["w"] - phi["w"]).square().sum(),
+        finetune_loss=losses,
+        validation_loss=lambda theta, psi: (psi["a"] * theta["w"].sin()).sum(),
+        theta={"w": draws["w"]},
+        psi={"a": torch.where(zero, draws["w"], draws["a"])},
+        phi={"w": draws["phi"]},
+    )
+    unroll = Unroll(2, 0.1, (0.8, 0.95), 1e-4, "adam", "head")
+    found = run(problem, unroll=unroll, solver=Solver("identity", hvp=hvp))
+
+    theta, psi = leaves(problem.theta), leaves(problem.psi)
+    (g,) = torch.autograd.grad(losses[0](theta, psi), psi["a"], create_graph=True)
+    assert torch.equal(g == 0, zero)
+    m, s = 0.2 * g, 0.05 * g**2
+    step = 0.1 * (m / 0.2) / (torch.where(zero, 1, s / 0.05).sqrt() + 1e-4)
+    middle = psi["a"] - torch.where(zero, 0, step)
+    (g,) = torch.autograd.grad(losses[1](theta, {"a": middle}), middle, create_graph=True)
+    m, s = 0.8 * m + 0.2 * g, 0.95 * s + 0.05 * g**2
+    last = middle - 0.1 * (m / (1 - 0.8**2)) / ((s / (1 - 0.95**2)).sqrt() + 1e-4)
+    truth = torch.autograd.grad(problem.validation_loss(theta, {"a": last}), [psi["a"], theta["w"]])
+    assert error(found.psi, last) < 1e-12
+    assert error(found.psi0, truth[0]) < 1e-8 and error(found.q, truth[1]) < 1e-8
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_zero_v_gives_zeros(method, hvp, steps):
+    problem = ridge()
+    problem.finetune_loss = lambda theta, psi: psi["a"].square().sum()
+    problem.validation_loss = lambda theta, psi: (psi["a"] - 1).square().sum()
+    unroll = Unroll(steps, 0.1, optimizer="adam")
+    found = run(problem, unroll=unroll, solver=Solver(method, 5, damping=0.1, hvp=hvp))
+    assert not flat(found.phi).any() and not flat(found.q).any()
+    assert all(t.isfinite().all() for t in (flat(found.phi), flat(found.q)))
+    assert flat(found.psi0).any()
+    assert found.residual == 0 or math.isnan(found.residual)
+
+
+@pytest.mark.parametrize("method", ["cg", "neumann"])
+def test_zero_v_gives_zeros_whatever_q0_says(method):
+    problem = ridge()
+    problem.validation_loss = lambda theta, psi: psi["a"].sum()
+    found = run(problem, unroll=Unroll(0), solver=Solver(method, 2), q0=problem.theta)
+    assert not flat(found.phi).any() and not flat(found.q).any()
+
+
+@pytest.mark.parametrize("method", ["identity", "nystrom"])
+def test_q0_for_a_solver_that_does_not_iterate_is_an_error(method):
+    problem = ridge()
+    with pytest.raises(ValueError, match="q0"):
+        run(problem, solver=Solver(method, FULL_RANK), q0=problem.theta)
+
+
+@pytest.mark.parametrize("method", ["identity", "neumann", "nystrom"])
+def test_preconditioner_for_anything_but_cg_is_an_error(method):
+    with pytest.raises(ValueError, match="preconditioner"):
+        run(ridge(), solver=Solver(method, FULL_RANK), preconditioner=lambda r: r)
+
+
+def test_nystrom_below_full_rank_needs_damping():
+    problem = ridge()  # 15 parameters
+    with pytest.raises(ValueError, match="damping"):
+        run(problem, solver=Solver("nystrom", 14))
+    run(problem, solver=Solver("nystrom", 14, damping=0.1))
+    run(problem, solver=Solver("nystrom", 15))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Solver("adjoint"),
+        lambda: Solver(hvp="complex"),
+        lambda: Solver(terms=-1),
+        lambda: Solver("nystrom", 0),
+        lambda: Solver(damping=-1.0),
+        lambda: Solver(alpha=0.0),
+        lambda: Unroll(-1),
+        lambda: Unroll(optimizer="lion"),
+        lambda: Unroll(scope="theta"),
+    ],
+)
+def test_unknown_settings_are_errors(make):
+    with pytest.raises(ValueError):
+        make()
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_a_sequence_of_losses_has_one_for_each_step(count):
+    problem = ridge()
+    with pytest.raises(ValueError, match="finetune_loss"):
+        run(changed(problem, finetune_loss=[problem.finetune_loss] * count), unroll=Unroll(3))
+
+
+def test_a_loss_that_is_not_a_scalar_is_an_error():
+    problem = ridge()
+    with pytest.raises(ValueError, match="scalar"):
+        run(changed(problem, validation_loss=lambda theta, psi: theta["bias"]))
+
+
+def test_ft_state_of_a_narrower_scope_is_an_error():
+    problem = ridge()
+    state = run(problem, unroll=Unroll(1, optimizer="adam", scope="head")).ft_state
+    with pytest.raises(ValueError, match="ft_state"):
+        run(problem, unroll=Unroll(1, optimizer="adam", scope="all"), ft_state=state)
+
+
+def indefinite():
+    """Positive curvature along the first two cg directions, negative along the third."""
+    hessian = torch.diag(torch.tensor([6.0, 5, 4, 3, 2, 1, 0.5, -2], dtype=torch.float64))
+    v = torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 0.35], dtype=torch.float64)
+    return hessian, v
+
+
+def plain_cg(hessian, v, terms):
+    """Hestenes and Stiefel, until the curvature is not positive; returns the last iterate and the iterations made."""
+    q, r = torch.zeros_like(v), v.clone()
+    p = r.clone()
+    for made in range(terms):
+        if p @ hessian @ p <= 0:
+            return q, made
+        a = (r @ r) / (p @ hessian @ p)
+        q, next_r = q + a * p, r - a * hessian @ p
+        p = next_r + (next_r @ next_r) / (r @ r) * p
+        r = next_r
+    return q, terms
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+def test_cg_that_meets_negative_curvature_returns_its_last_iterate(hvp):
+    hessian, v = indefinite()
+    truth, made = plain_cg(hessian, v, 20)
+    assert 1 < made < 8
+    found = run(quadratic(hessian, v), solver=Solver("cg", 20, hvp=hvp))
+    assert error(found.q, truth) < 1e-6 and error(found.phi, truth) < 1e-6
+    assert found.residual == pytest.approx(residual_of(truth, hessian, v), rel=1e-5)
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+def test_cg_that_starts_at_negative_curvature_returns_zeros(hvp):
+    hessian, v = -spd(8, seed=21), draw(8, seed=22)
+    found = run(quadratic(hessian, v), solver=Solver("cg", 20, hvp=hvp))
+    assert not flat(found.q).any() and not flat(found.phi).any()
+    assert found.residual == 1
+
+
+def test_non_finite_value_is_named():
+    with pytest.raises(FloatingPointError, match="value|L_V"):
+        run(changed(ridge(), validation_loss=lambda theta, psi: psi["a"].sum() * math.inf))
+
+
+def test_non_finite_v_is_named():
+    def validation_loss(theta, psi):  # finite, with an infinite slope
+        return psi["b"] + (theta["weight"] * 0).sqrt().sum()
+
+    with pytest.raises(FloatingPointError, match=r"\bv\b.*weight"):
+        run(changed(ridge(), validation_loss=validation_loss))
+
+
+@pytest.mark.parametrize("terms", [4, FULL_RANK])
+@pytest.mark.parametrize("method", ["neumann", "cg", "nystrom"])
+def test_non_finite_q_is_named(method, terms):
+    problem = ridge()
+
+    def pretrain_loss(theta, phi):  # finite with a finite slope, zero, and infinite curvature
+        return problem.pretrain_loss(theta, phi) + (theta["weight"] - problem.theta["weight"]).abs().pow(1.5).sum()
+
+    solver = Solver(method, min(terms, 20) if method != "nystrom" else terms, alpha=0.1, damping=0.1)
+    with pytest.raises(FloatingPointError, match=r"\bq\b"):
+        run(changed(problem, pretrain_loss=pretrain_loss), solver=solver)
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+def test_neumann_that_diverges_is_named(hvp):
+    with pytest.raises(FloatingPointError, match=r"\bq\b"):
+        run(ridge(), solver=Solver("neumann", 60, alpha=1e10, hvp=hvp))
+
+
+@pytest.mark.parametrize("method, terms", [("identity", 1), ("neumann", 1), ("cg", 3), ("nystrom", FULL_RANK)])
+def test_non_finite_phi_is_named(method, terms):
+    problem = ridge()
+    problem.phi = {**problem.phi, "root": torch.zeros((), dtype=torch.float64)}
+
+    def pretrain_loss(theta, phi):  # the root is finite, its slope is not
+        return problem.pretrain_loss(theta, phi) + phi["root"].sqrt() * theta["weight"].sum()
+
+    with pytest.raises(FloatingPointError, match=r"\bphi\b.*root"):
+        run(changed(problem, pretrain_loss=pretrain_loss), solver=Solver(method, terms, alpha=0.1))
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_two_calls_of_one_step_are_one_call_of_two(optimizer, scope):
+    problem = ridge()
+    if scope == "all":  # θ_K is discarded between calls: a first step that leaves θ alone makes the two alike
+        loss = problem.finetune_loss
+        first = lambda theta, psi: loss({n: t.detach() for n, t in theta.items()}, psi)
+        losses = [first, loss]
+    else:
+        losses = [problem.finetune_loss] * 2
+    one = Unroll(1, 0.1, optimizer=optimizer, scope=scope)
+    half = run(changed(problem, finetune_loss=losses[0]), unroll=one)
+    two_calls = run(changed(problem, finetune_loss=losses[1], psi=half.psi), unroll=one, ft_state=half.ft_state)
+    one_call = run(changed(problem, finetune_loss=losses), unroll=with_steps(one, 2))
+    assert error(two_calls.psi, one_call.psi) < 1e-12 and error(two_calls.value, one_call.value) < 1e-12
+    # What the state consists of is the core's own business: that both states lead on alike is not.
+    third = [
+        run(problem, unroll=one, ft_state=call.ft_state, solver=Solver("identity")) for call in (two_calls, one_call)
+    ]
+    assert error(third[0].psi, third[1].psi) < 1e-12 and error(third[0].q, third[1].q) < 1e-10
+
+
+def test_an_empty_ft_state_is_a_fresh_one():
+    problem, unroll = ridge(), Unroll(2, 0.1, optimizer="adam")
+    assert same(run(problem, unroll=unroll, ft_state={}).phi, run(problem, unroll=unroll).phi)
+
+
+def test_ft_state_is_left_as_it_was():
+    problem, unroll = ridge(), Unroll(2, 0.1, optimizer="adam")
+    state = run(problem, unroll=unroll).ft_state
+    copy = {k: {n: t.clone() for n, t in v.items()} if isinstance(v, dict) else v for k, v in state.items()}
+    run(problem, unroll=unroll, ft_state=state)
+    assert same(state, copy)
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+def test_nothing_flows_through_the_first_step_of_a_fresh_adam_but_through_one_with_moments(hvp):
+    problem, unroll = ridge(), Unroll(1, 0.5, optimizer="adam")
+    state = run(problem, unroll=with_steps(unroll, 2)).ft_state
+    for ft_state, flows in ((None, False), (state, True)):
+        found = run(problem, unroll=unroll, solver=Solver("identity", hvp=hvp), ft_state=ft_state)
+        theta = leaves(problem.theta)  # the direct part: ψ_1 as a constant
+        direct = torch.autograd.grad(problem.validation_loss(theta, found.psi), theta["weight"])[0]
+        if flows:
+            assert error(found.q["weight"], direct) > 1e-2
+        else:
+            assert error(found.q["weight"], direct) < 1e-5
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_the_callers_grad_mode_does_not_matter(mode, hvp):
+    problem = network()
+    options = {"unroll": Unroll(2, 0.1, scope="all"), "solver": Solver("cg", 2, damping=1.0, hvp=hvp)}
+    torch.manual_seed(0)
+    expected = run(problem, **options)
+    torch.manual_seed(0)
+    with mode():
+        found = run(problem, **options)
+        assert torch.is_grad_enabled() == (mode is torch.enable_grad)
+    assert same(found.phi, expected.phi) and same(found.psi0, expected.psi0)
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+def test_losses_of_one_element_are_scalars_too(hvp):
+    problem = ridge()
+    options = {"unroll": Unroll(2, 0.1), "solver": Solver("cg", 5, hvp=hvp)}
+    losses = [
+        lambda a, b, f=f: f(a, b).view(1)
+        for f in (problem.pretrain_loss, problem.finetune_loss, problem.validation_loss)
+    ]
+    found = hypergradient(*losses, problem.theta, problem.psi, problem.phi, **options)
+    assert same(found.phi, run(problem, **options).phi)
+    assert found.value.shape == ()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The random state
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def noisy(problem, masks, log):
+    """Each loss drops inputs at random, as many as only it draws, and notes its masks."""
+
+    def with_mask(name, size, loss):
+        def wrapped(first, second):
+            log.append(name)
+            mask = torch.rand(size) < 0.8
+            masks.setdefault(name, []).append(mask)
+            return loss(first, second) * (0.5 + mask.double().mean()) + 0 * mask.double().sum()
+
+        return wrapped
+
+    return changed(
+        problem,
+        pretrain_loss=with_mask("pretrain", 31, problem.pretrain_loss),
+        finetune_loss=[with_mask(f"finetune {k}", 17 + k, problem.finetune_loss) for k in range(3)],
+        validation_loss=with_mask("validation", 23, problem.validation_loss),
+    )
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("zero_v", [False, True])
+def test_every_pass_over_the_same_data_draws_the_same_and_the_generator_moves_by_one_pass(method, hvp, zero_v):
+    problem = ridge()
+    if zero_v:
+        problem.finetune_loss = problem.validation_loss = lambda theta, psi: psi["a"].square().sum()
+    masks, log, truth = {}, [], {}
+    torch.manual_seed(71)
+    alone = noisy(problem, truth, [])
+    for loss in (*alone.finetune_loss, alone.validation_loss):
+        loss(problem.theta, problem.psi)
+    alone.pretrain_loss(problem.theta, problem.phi)
+    after = torch.get_rng_state()
+
+    torch.manual_seed(71)
+    run(noisy(problem, masks, log), unroll=Unroll(3, 0.1), solver=Solver(method, 3, damping=0.1, hvp=hvp))
+    assert torch.equal(torch.get_rng_state(), after)
+    assert masks.keys() == truth.keys()
+    for name, seen in masks.items():
+        assert all(torch.equal(mask, truth[name][0]) for mask in seen), name
+    if hvp == "finite" and not zero_v:
+        assert all(len(seen) >= 2 for name, seen in masks.items() if name != "validation")
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+def test_one_loss_for_all_steps_is_one_batch_and_draws_alike_in_all_of_them(hvp):
+    problem, masks = ridge(), []
+
+    def finetune_loss(theta, psi):
+        masks.append(torch.rand(9) < 0.5)
+        return problem.finetune_loss(theta, psi)
+
+    torch.manual_seed(72)
+    run(changed(problem, finetune_loss=finetune_loss), unroll=Unroll(3, 0.1), solver=Solver("identity", hvp=hvp))
+    after = torch.get_rng_state()
+    torch.manual_seed(72)
+    torch.rand(9)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert len(masks) >= 3 and all(torch.equal(mask, masks[0]) for mask in masks)
+
+
+def test_a_loss_that_raises_in_a_replay_leaves_the_generator_where_one_pass_does():
+    problem = ridge()
+
+    def pretrain_loss(theta, phi):
+        torch.rand(5)
+        pretrain_loss.calls += 1
+        if pretrain_loss.calls == 3:
+            raise RuntimeError("out of memory")
+        return problem.pretrain_loss(theta, phi)
+
+    pretrain_loss.calls = 0
+    torch.manual_seed(73)
+    with pytest.raises(RuntimeError):
+        run(changed(problem, pretrain_loss=pretrain_loss), solver=Solver("cg", 3, hvp="finite"))
+    after = torch.get_rng_state()
+    torch.manual_seed(73)
+    torch.rand(5)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Warm starts, and how many passes a call takes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def counting(problem):
+    return changed(problem, pretrain_loss=counted(problem.pretrain_loss))
+
+
+def test_cg_from_the_solution_stops_at_once():
+    problem = ridge()
+    first = run(problem, solver=Solver("cg", 50, tol=1e-12))
+    problem = counting(problem)
+    again = run(problem, solver=Solver("cg", 50, tol=1e-6, hvp="finite"), q0=first.q)
+    assert same(again.q, first.q)
+    assert error(again.phi, first.phi) < 1e-6
+    assert problem.pretrain_loss.calls == 2  # one product, to learn where q0 stands
+
+
+@pytest.mark.parametrize("hvp, tolerance", [("exact", 1e-8), ("finite", 1e-6)])
+def test_cg_spread_over_calls_reaches_the_dense_solution(hvp, tolerance):
+    problem, unroll = ridge(), Unroll(1, 0.1)
+    damped = ridge_hessian(problem) + 0.2 * torch.eye(15, dtype=torch.float64)
+    truth = torch.linalg.solve(damped, flat(plain_truth(problem, unroll).v))
+    q, distances = None, []
+    for _ in range(12):
+        found = run(problem, unroll=unroll, solver=Solver("cg", 2, damping=0.2, hvp=hvp), q0=q)
+        q = found.q
+        distances.append(error(q, truth))
+    assert distances[0] > 1e-3 and distances[-1] < tolerance
+    assert error(found.phi, -flat(ridge_mixed_product(problem, truth))) < tolerance
+
+
+@pytest.mark.parametrize("method", ["cg", "neumann"])
+def test_q0_may_be_in_any_order(method):
+    hessian, v = spd(8, seed=21), draw(8, seed=22)
+    q0 = {"a": draw(2, 2, seed=74), "b": draw(4, seed=75)}
+    problem = quadratic(hessian, v)
+    found = [run(problem, solver=Solver(method, 2, alpha=0.03), q0=q) for q in (q0, {"b": q0["b"], "a": q0["a"]})]
+    assert same(found[0].phi, found[1].phi)
+
+
+@pytest.mark.parametrize("hvp, tolerance", [("exact", 1e-10), ("finite", 1e-7)])
+@pytest.mark.parametrize("damping", [0.0, 0.7])
+@pytest.mark.parametrize("terms", [0, 1, 3])
+def test_warm_neumann_goes_on_and_reports_the_last_q_it_took_a_product_of(terms, damping, hvp, tolerance):
+    hessian, v, alpha = spd(8, seed=21), draw(8, seed=22), 0.03
+    damped = hessian + damping * torch.eye(8, dtype=torch.float64)
+    q0 = {"a": draw(2, 2, seed=74), "b": draw(4, seed=75)}
+    iterates = [flat(q0)]
+    for _ in range(max(terms, 1)):
+        iterates.append(iterates[-1] + alpha * (v - damped @ iterates[-1]))
+    found = run(quadratic(hessian, v), solver=Solver("neumann", terms, alpha=alpha, damping=damping, hvp=hvp), q0=q0)
+    assert error(found.q, iterates[-1]) < tolerance
+    assert error(found.phi, iterates[-2]) < tolerance  # φ's gradient is q itself in this problem
+    assert found.residual == pytest.approx(residual_of(iterates[-2], damped, v), rel=1e-6)
+
+
+def test_neumann_carried_over_calls_converges_at_two_passes_a_call():
+    problem, unroll = counting(ridge()), Unroll(1, 0.1)
+    hessian = ridge_hessian(problem)
+    truth = torch.linalg.solve(hessian, flat(plain_truth(problem, unroll).v))
+    solver = Solver("neumann", 1, alpha=1 / torch.linalg.eigvalsh(hessian).max().item(), hvp="finite")
+    q = {name: torch.zeros_like(t) for name, t in problem.theta.items()}
+    for call in range(150):
+        problem.pretrain_loss.calls = 0
+        found = run(problem, unroll=unroll, solver=solver, q0=q)
+        q = found.q
+        assert problem.pretrain_loss.calls == 2 or call == 0  # from q = 0 there is nothing to take differences along
+    assert error(q, truth) < 1e-6
+    assert error(found.phi, -flat(ridge_mixed_product(problem, truth))) < 1e-6
+    assert found.residual < 1e-6
+
+
+@pytest.mark.parametrize("terms", [1, 3, 5])
+def test_finite_cg_takes_two_passes_an_iteration(terms):
+    problem = counting(quadratic(spd(8, seed=21), draw(8, seed=22)))
+    run(problem, solver=Solver("cg", terms, hvp="finite"))
+    assert problem.pretrain_loss.calls == 2 * terms
+
+
+def test_warm_finite_cg_takes_two_passes_more():
+    problem = counting(quadratic(spd(8, seed=21), draw(8, seed=22)))
+    run(problem, solver=Solver("cg", 3, hvp="finite"), q0=problem.theta)
+    assert problem.pretrain_loss.calls == 2 * 4
+
+
+@pytest.mark.parametrize("terms", [1, 4, 20])
+@pytest.mark.parametrize("alpha", [0.05, None])
+@pytest.mark.parametrize("method", METHODS)
+def test_exact_takes_one_pass_for_any_number_of_terms(method, terms, alpha):
+    problem = counting(ridge())
+    run(problem, solver=Solver(method, terms, damping=0.1, alpha=alpha))
+    assert problem.pretrain_loss.calls == 1
+
+
+@pytest.mark.parametrize(
+    "method, terms, passes", [("identity", 1, 2), ("neumann", 0, 2), ("neumann", 1, 4), ("neumann", 4, 10)]
+)
+def test_passes_of_the_other_finite_solvers(method, terms, passes):
+    problem = counting(ridge())
+    run(problem, solver=Solver(method, terms, alpha=0.05, hvp="finite"))
+    assert problem.pretrain_loss.calls == passes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Cost: what is saved for backward at the same time, and whether anything builds a second-order graph
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SavedMemory:
+    """The peak of the bytes that are saved for backward and alive at once, each storage counted once.
+
+    Parameters do not count: leaves that require grad, their views, and what shares memory with `parameters`.
+    """
+
+    def __init__(self, *parameters):
+        self.parameters = {t.untyped_storage().data_ptr() for params in parameters for t in params.values()}
+        self.holders, self.bytes, self.peak = {}, 0, 0
+
+    def __enter__(self):
+        gc.disable()  # what needs the collector to go away has not been let go of
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda packed: packed[0])
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self.hooks.__exit__(*exception)
+        gc.enable()
+
+    def pack(self, tensor):
+        base = tensor if tensor._base is None else tensor._base
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        packed = Packed([tensor])
+        if not (base.is_leaf and base.requires_grad) and key not in self.parameters:
+            if self.holders.setdefault(key, 0) == 0:
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+            self.holders[key] += 1
+            weakref.finalize(packed, self.release, key, storage.nbytes())  # alive as long as `packed`, so is the key
+        return packed
+
+    def release(self, key, size):
+        self.holders[key] -= 1
+        if self.holders[key] == 0:
+            self.bytes -= size
+
+
+class Packed(list):
+    """A list, because weak references do not take to tuples."""
+
+
+def wide_network():
+    """Activations outweigh parameters; the FT and validation batches are as large as PT's."""
+    inputs, targets = draw(3, 256, 8, seed=81, dtype=torch.float32), draw(3, 256, seed=82, dtype=torch.float32)
+
+    def features(theta, x):
+        return torch.tanh(nn.functional.softplus(x @ theta["w1"] + theta["b1"]) @ theta["w2"])
+
+    def pretrain_loss(theta, phi):
+        return phi["weight"] @ (features(theta, inputs[0]) @ theta["out"] - targets[0]).square() / 256
+
+    def head_loss(split, theta, psi):
+        return (features(theta, inputs[split]) @ psi["out"] - targets[split]).square().mean()
+
+    size = {"w1": (8, 32), "b1": (32,), "w2": (32, 32), "out": (32,)}
+    return SimpleNamespace(
+        pretrain_loss=pretrain_loss,
+        finetune_loss=lambda theta, psi: head_loss(1, theta, psi),
+        validation_loss=lambda theta, psi: head_loss(2, theta, psi),
+        theta={n: draw(*s, seed=83, dtype=torch.float32) / 4 for n, s in size.items()},
+        psi={"out": draw(32, seed=84, dtype=torch.float32) / 4},
+        phi={"weight": torch.ones(256)},
+    )
+
+
+def ordinary_step_peak(problem):
+    theta = leaves(problem.theta)
+    with SavedMemory(theta, problem.phi) as memory:
+        problem.pretrain_loss(theta, problem.phi).backward()
+    assert memory.bytes == 0 and memory.peak > 0
+    return memory.peak
+
+
+def hypergradient_peak(problem, **options):
+    with SavedMemory(problem.theta, problem.psi, problem.phi) as memory:
+        run(problem, **options)
+    return memory.peak
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    "method, terms, alpha", [("neumann", 1, 0.1), ("neumann", 1, None), ("cg", 3, None), ("nystrom", 4, None)]
+)
+def test_finite_saves_no_more_than_an_ordinary_step_and_exact_does(method, terms, alpha, steps, optimizer, scope):
+    problem = wide_network()
+    ordinary = ordinary_step_peak(problem)
+    unroll = Unroll(steps, 0.01, optimizer=optimizer, scope=scope)
+    solver = {"method": method, "terms": terms, "alpha": alpha, "damping": 1.0}
+    assert hypergradient_peak(problem, unroll=unroll, solver=Solver(**solver, hvp="finite")) <= 1.1 * ordinary
+    assert hypergradient_peak(problem, unroll=unroll, solver=Solver(**solver, hvp="exact")) > 1.5 * ordinary
+
+
+@pytest.mark.parametrize("method, warm", [*((method, False) for method in METHODS), ("cg", True), ("neumann", True)])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_finite_never_builds_a_second_order_graph(method, optimizer, warm, monkeypatch):
+    problem, seen = network(), []
+
+    def recorded(function):
+        def wrapper(*args, **kwargs):
+            bound = inspect.signature(function).bind(*args, **kwargs)
+            seen.append(bool(bound.arguments.get("create_graph")))
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for owner, name in ((torch.autograd, "grad"), (torch.autograd, "backward"), (torch.Tensor, "backward")):
+        monkeypatch.setattr(owner, name, recorded(getattr(owner, name)))
+    unroll = Unroll(2, 0.1, optimizer=optimizer, scope="all")
+    options = {"unroll": unroll, "q0": problem.theta if warm else None}
+    run(problem, solver=Solver(method, 3, damping=1.0, hvp="finite"), **options)
+    assert seen and not any(seen)
+    run(problem, solver=Solver(method, 3, damping=1.0, hvp="exact"), **options)
+    assert any(seen)  # so the recording works
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. On a GPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("unroll, carried", [p for p in UNROLLS if "K3" in p.id])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "hvp, tolerance", [("exact", 1e-4), ("finite", 2e-3)]
+)  # finite: each side has its own rounding
+def test_cuda_equals_cpu(unroll, carried, solver, hvp, tolerance):
+    found = {}
+    for device in ("cpu", "cuda"):
+        problem = network(torch.float32, dropout=0.0, device=device)
+        ft_state = carried_state(problem, unroll, carried)
+        found[device] = run(problem, unroll=unroll, solver=Solver(**solver, hvp=hvp), ft_state=ft_state)
+    assert all(t.is_cuda for field in ("phi", "psi0", "psi", "q") for t in getattr(found["cuda"], field).values())
+    on_cpu = SimpleNamespace(value=found["cpu"].value)
+    for field in ("phi", "psi0", "psi", "q"):
+        setattr(on_cpu, field, {n: t.cuda() for n, t in getattr(found["cpu"], field).items()})
+    on_cpu.value = on_cpu.value.cuda()
+    assert all(e < tolerance for e in errors(found["cuda"], on_cpu).values())
+
+
+@pytest.mark.cuda
+def test_cuda_replays_dropout_and_leaves_both_generators_after_one_pass():
+    problem = network(torch.float64, dropout=0.5, device="cuda")
+    unroll, states, found = Unroll(2, 0.1, scope="all"), {}, {}
+    for hvp in ("exact", "finite"):
+        torch.manual_seed(91)
+        found[hvp] = run(problem, unroll=unroll, solver=Solver("cg", 4, damping=0.5, hvp=hvp))
+        states[hvp] = torch.get_rng_state(), torch.cuda.get_rng_state()
+    torch.manual_seed(91)
+    problem.finetune_loss(problem.theta, problem.psi)  # one loss for all steps: one pass
+    problem.validation_loss(problem.theta, problem.psi)
+    problem.pretrain_loss(problem.theta, problem.phi)
+    states["alone"] = torch.get_rng_state(), torch.cuda.get_rng_state()
+    for cpu, cuda in states.values():
+        assert torch.equal(cpu, states["alone"][0]) and torch.equal(cuda, states["alone"][1])
+    assert all(e < 1e-6 for e in errors(found["finite"], found["exact"]).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. To be copied: the section stands alone
+# ---------------------------------------------------------------------------------------------------------------------
+
+ALONE = """
+import sys
+import torch
+allowed = sys.stdlib_module_names | {name.partition(".")[0] for name in sys.modules}
+allowed |= {"sympy", "mpmath"}  # torch's own, which it imports when they are needed
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in allowed:
+            raise ImportError(f"section 2 alone must not need {name}")
+
+sys.meta_path.insert(0, Blocker())
+for name in ("typer", "rich", "sklearn", "matplotlib", "metapt"):
+    assert name not in sys.modules and name not in allowed
+space = {}
+exec(sys.stdin.read(), space)
+H, b, w = torch.tensor([2.0, 4.0]), torch.tensor([1.0, 1.0]), torch.tensor([3.0, 5.0])
+for hvp in ("exact", "finite"):
+    for optimizer in ("sgd", "adam"):
+        found = space["hypergradient"](
+            lambda theta, phi: (H * theta["w"] ** 2).sum() / 2 - (phi["b"] * theta["w"]).sum(),
+            lambda theta, psi: (psi["h"] ** 2).sum(),
+            lambda theta, psi: (w * theta["w"]).sum() + (psi["h"] ** 2).sum(),
+            {"w": b / H}, {"h": torch.ones(1)}, {"b": b},
+            unroll=space["Unroll"](2, 0.1, optimizer=optimizer), solver=space["Solver"]("cg", 2, hvp=hvp),
+        )
+        assert torch.allclose(found.phi["b"], w / H, rtol=1e-3), found
+print("done")
+"""
+
+
+def test_the_section_can_be_cut_out_and_run_with_torch_alone():
+    lines = inspect.getsource(metapt).splitlines(keepends=True)
+    start = next(i for i, line in enumerate(lines) if line.startswith("# 2. "))
+    end = next((i for i, line in enumerate(lines) if line.startswith("# 3. ")), len(lines))
+    section = "".join(lines[start:end])
+    result = subprocess.run([sys.executable, "-c", ALONE], input=section, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and result.stdout.strip() == "done", result.stderr
