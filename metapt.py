@@ -2,9 +2,33 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch==2.13.0",
+#   "numpy>=2.0,<3",
+#   "scikit-learn>=1.5,<2",
+#   "matplotlib>=3.9,<4",
+#   "typer>=0.16,<1",
+#   "rich>=13.9,<16",
 # ]
 # ///
-"""metapt: hyperparameters of pre-training, learned by gradient from how well the model does after fine-tuning."""
+"""metapt: hyperparameters of pre-training, learned by gradient from how well the model does after fine-tuning.
+
+    min over φ of L_V(θ_K, ψ_K),  θ*(φ) = argmin over θ of L_PT(θ, φ),  (θ_K, ψ_K) = K steps of FT from (θ*, ψ_0)
+
+    v       = dL_V(θ_K, ψ_K) / dθ*          backpropagation through the K unrolled FT steps
+    q       ≈ (∇²_θθ L_PT)⁻¹ v              an inverse-Hessian-vector product
+    dL_V/dφ = −qᵀ ∇²_θφ L_PT                the implicit function theorem
+
+PT is pre-training, FT fine-tuning, V validation; θ the encoder and the PT head, ψ the FT head, φ what is learned.
+
+    python metapt.py download mnist        fetch a data set (the digits domains need none)
+    python metapt.py pretrain DOMAIN       PT with φ fixed: the baseline
+    python metapt.py meta DOMAIN           PT with φ learned along (algorithm 1)
+    python metapt.py finetune RUN          FT from a run's encoder, over seeds and sizes of the FT set
+    python metapt.py eval RUN...           runs side by side
+
+Raghu, Lorraine, Kornblith, McDermott and Duvenaud, "Meta-Learning to Improve Pre-Training", NeurIPS 2021,
+arXiv:2111.01754. Sections: 2 hypergradients, 3 meta-parameters, 4 encoders, 5 data, 6 domains, 7 training, 8 reports,
+9 commands; each uses only those above it.
+"""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Hypergradients. Needs torch alone: to use it elsewhere, copy this section as it stands.
@@ -565,3 +589,1719 @@ def _finite(**results) -> None:
         bad = [name for name, t in tensors.items() if not t.isfinite().all()]
         if bad:
             raise FloatingPointError(f"{label} is not finite{': ' + ', '.join(bad) if bad != [''] else ''}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Meta-parameters: φ and what it does to pre-training
+# ---------------------------------------------------------------------------------------------------------------------
+
+import contextlib
+import copy
+import dataclasses
+import gzip
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import signal
+import struct
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+import torch.nn.functional as F
+import typer
+from torch import nn
+
+
+class BadInput(Exception):
+    """Something that the user gave cannot be used. The message is one line: what, and where."""
+
+
+class RotationMean(nn.Module):
+    """φ = the mean, in degrees, of the normal distribution that each image's rotation is drawn from.
+
+    Raghu et al. 2021, section 4.1 (the synthetic rotation experiment); the draw is reparameterised, so that dL/dφ goes
+    through the bilinear resampling of the images.
+    """
+
+    def __init__(self, degrees: float):
+        super().__init__()
+        self.rotation_mean_deg = nn.Parameter(torch.tensor(float(degrees)))
+
+    def forward(self, images: Tensor, spread: float) -> Tensor:
+        """Images [n, 1, h, w], each rotated by its own draw from N(φ, spread²) degrees."""
+        angles = self.rotation_mean_deg + spread * torch.randn(len(images), device=images.device)
+        return rotate(images, angles)
+
+
+def rotate(images: Tensor, degrees: Tensor) -> Tensor:
+    """Images [n, c, h, w] rotated counter-clockwise about their centre by degrees [n]; differentiable in both."""
+    angles = degrees * (math.pi / 180)
+    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    inverse = torch.stack([torch.stack([cos, -sin, zero], -1), torch.stack([sin, cos, zero], -1)], 1)
+    grid = F.affine_grid(inverse, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+class ExampleWeights(nn.Module):
+    """φ = a network that gives each PT example, from its image and its label, a weight in (0, 1).
+
+    Raghu et al. 2021, section 4.1 (the noisy-label experiment). The image gets one score a class; the label picks its
+    own, so that the weight answers one question: does this label fit this image?
+    """
+
+    def __init__(self, pixels: int, classes: int, width: int):
+        super().__init__()
+        self.scores = nn.Sequential(nn.Flatten(), nn.Linear(pixels, width), nn.ReLU(), nn.Linear(width, classes))
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Images [n, 1, h, w] and labels [n] to weights [n]."""
+        return self.scores(images).gather(1, labels[:, None]).squeeze(1).sigmoid()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Encoders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SmallCNN(nn.Module):
+    """Two convolutions and a linear layer, for images of 8 x 8 to 28 x 28: [n, 1, h, w] to [n, features]."""
+
+    def __init__(self, height: int, channels: int, features: int, dropout: float):
+        super().__init__()
+        reduced = math.ceil(height / 2) if height < 16 else math.ceil(math.ceil(height / 2) / 2)
+        self.layers = nn.Sequential(
+            # Missing pixels keep PT from learning its examples by heart; once it has, its loss says nothing about φ.
+            nn.Dropout(dropout),
+            nn.Conv2d(1, channels, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, 2 * channels, 3, stride=1 if height < 16 else 2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * channels * reduced**2, features),
+            nn.ReLU(),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+class Network(nn.Module):
+    """θ: an encoder and a PT head. With `features=True` it stops at what the encoder gives, for the FT head."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, *inputs, features: bool = False):
+        hidden = self.encoder(*inputs)
+        return hidden if features else self.head(hidden)
+
+
+def call(module: nn.Module, params: Params, *inputs, train: bool = False, live: bool = False, **options):
+    """`module(*inputs)` with other parameters, in training or evaluation mode.
+
+    Buffers (BatchNorm's statistics) are copies, so that no pass changes what the next one sees, unless `live`.
+    """
+    module.train(train)
+    buffers = {name: b if live else b.clone() for name, b in module.named_buffers()}
+    return torch.func.functional_call(module, {**params, **buffers}, inputs, options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Data: download, verify, load
+# ---------------------------------------------------------------------------------------------------------------------
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist"
+MNIST_SHA256 = {
+    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+}
+
+
+class Images(NamedTuple):
+    """A data set of labelled images, split into disjoint parts."""
+
+    pixels: dict[str, Tensor]  # by part: [n, 1, h, w], uint8
+    labels: dict[str, Tensor]  # by part: [n], int64
+    scale: float  # pixels / scale lie in [0, 1]
+    classes: int
+
+
+def load_images(source: str, data: Path, seed: int) -> Images:
+    """Digits or MNIST in the parts pretrain, finetune, validation and test: stratified by label, drawn by seed.
+
+    digits: 1,000, 300, 250 and the other 247 of scikit-learn's 1,797 scans (8 x 8).
+    mnist: 50,000, 1,000 and 1,000 of the 60,000 training images; the published 10,000 test images (28 x 28).
+    """
+    from sklearn.model_selection import train_test_split
+
+    if source == "digits":
+        from sklearn.datasets import load_digits
+
+        bundle = load_digits()
+        pixels, labels, sizes, scale = bundle.images.astype(np.uint8), bundle.target, (1000, 300, 250), 16.0
+    else:
+        pixels, labels = (read_idx(data / "mnist" / f"train-{kind}") for kind in MNIST_KINDS)
+        test = tuple(read_idx(data / "mnist" / f"t10k-{kind}") for kind in MNIST_KINDS)
+        sizes, scale = (50_000, 1000, 1000), 255.0
+        for name, (x, y) in {"train": (pixels, labels), "t10k": test}.items():
+            if len(x) != len(y) or x.ndim != 3 or y.ndim != 1 or y.max() > 9:
+                raise BadInput(f"{data / 'mnist'}: {name} images {x.shape} and labels {y.shape} do not fit each other")
+    parts, rest = {}, np.arange(len(labels))
+    for part, size in zip(("pretrain", "finetune", "validation"), sizes, strict=True):
+        chosen, rest = train_test_split(rest, train_size=size, stratify=labels[rest], random_state=seed)
+        parts[part] = (pixels[chosen], labels[chosen])
+    parts["test"] = (pixels[rest], labels[rest]) if source == "digits" else test
+    return Images(
+        pixels={part: torch.from_numpy(np.ascontiguousarray(x)).unsqueeze(1) for part, (x, _) in parts.items()},
+        labels={part: torch.from_numpy(y.astype(np.int64)) for part, (_, y) in parts.items()},
+        scale=scale,
+        classes=10,
+    )
+
+
+MNIST_KINDS = ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """A gzip-compressed idx file of unsigned bytes (the format of MNIST's publishers).
+
+    Raises:
+        BadInput: the file is missing, not gzip, not idx, or of another length than its header says.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing: 'python metapt.py download mnist' fetches it") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise BadInput(f"{path} is not a whole gzip file: {error}") from None
+    if len(content) < 4 or content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * content[3]:
+        raise BadInput(f"{path} has no idx header of unsigned bytes")
+    shape = struct.unpack(f">{content[3]}I", content[4 : 4 + 4 * content[3]])
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
+    if len(values) != math.prod(shape) or len(values) == 0:
+        raise BadInput(f"{path} holds {len(values)} values, its header says {shape}")
+    return values.reshape(shape)
+
+
+def fetch(url: str, path: Path, sha256: str, advance, tries: int = 5) -> None:
+    """Downloads one file: goes on where an earlier try stopped, verifies, and only then gives the file its name.
+
+    Args:
+        url: where it is.
+        path: where it goes. What is there and verifies stays; what does not verify is replaced.
+        sha256: what it must hash to.
+        advance: called with (bytes so far, bytes in all or None).
+        tries: attempts, with pauses of 1, 2, 4, … seconds between them.
+
+    Raises:
+        BadInput: the address cannot be had, or gives something else.
+    """
+    if path.exists() and digest(path) == sha256:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    for attempt in range(tries):
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                resumed = response.status == 206
+                total = int(response.headers.get("Content-Length", 0)) + (have if resumed else 0)
+                with part.open("ab" if resumed else "wb") as file:
+                    while chunk := response.read(1 << 16):
+                        file.write(chunk)
+                        advance(file.tell(), total or None)
+            if not total or part.stat().st_size >= total:
+                break
+            problem = f"{url}: the connection ended early"
+        except urllib.error.HTTPError as error:
+            problem = f"{url}: {error}"
+            if error.code == 416:  # more is here than there: begin again
+                part.unlink()
+            elif error.code < 500:
+                raise BadInput(problem) from None
+        except (OSError, urllib.error.URLError, ValueError) as error:
+            problem = f"{url}: {getattr(error, 'reason', error)}"
+            if isinstance(error, ValueError):
+                raise BadInput(problem) from None
+        if attempt + 1 < tries:
+            time.sleep(2**attempt)
+    else:
+        raise BadInput(f"{problem} ({tries} tries)")
+    if digest(part) != sha256:
+        part.unlink()
+        raise BadInput(f"{url}: its SHA-256 is not {sha256}; what came was discarded")
+    part.replace(path)
+
+
+def adopt(source: Path, path: Path, sha256: str) -> None:
+    """Copies a file that is already at hand, after the same check as `fetch`."""
+    if not source.is_file():
+        raise BadInput(f"{source} is missing")
+    if digest(source) != sha256:
+        raise BadInput(f"{source}: its SHA-256 is not {sha256}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path.with_name(path.name + ".part"))
+    path.with_name(path.name + ".part").replace(path)
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Domains: data, networks, φ, losses and metric of each experiment
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _option(default, text: str, only: str = ""):
+    return dataclasses.field(default=default, metadata={"help": text, "only": only})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every knob of Algorithm 1. A domain's preset replaces these defaults, an option on the command line both.
+
+    Raises:
+        BadInput: a value that cannot be.
+    """
+
+    seed: int = _option(0, "Of everything random: splits, initial weights, batches, augmentation")
+    steps: int = _option(1000, "PT steps")
+    warmup: int = _option(100, "PT steps before the first meta step")
+    meta_every: int = _option(10, "P: PT steps between two meta steps")
+    batch_size: int = _option(64, "PT examples a step")
+    lr: float = _option(1e-3, "Learning rate of PT (Adam)")
+    finetune_batch_size: int = _option(64, "FT examples a step")
+    finetune_lr: float = _option(1e-2, "Learning rate of FT (Adam), within the meta step and beside PT")
+    unroll_steps: int = _option(1, "K: unrolled FT steps a meta step")
+    scope: str = _option("head", "What the unrolled FT moves: head or all")
+    meta_batch_size: int = _option(256, "PT examples a meta step")
+    validation_batch_size: int = _option(250, "Validation examples a meta step")
+    meta_lr: float = _option(1e-3, "Learning rate of φ (Adam)")
+    meta_lr_decay: float = _option(1.0, "What the learning rate of φ falls to by the end, as a share")
+    average: float = _option(0.0, "Share of the run, from its end, over which φ is averaged")
+    solver: str = _option("neumann", "identity, neumann, cg or nystrom")
+    terms: int = _option(1, "Neumann terms, CG iterations or Nyström rank")
+    alpha: float | None = _option(None, "Neumann step size; without it, estimated from the curvature")
+    damping: float = _option(0.0, "Added to the diagonal of the PT Hessian")
+    hvp: str = _option("exact", "Hessian-vector products: exact or finite")
+    carry_q: bool = _option(False, "Start each solve from the last one's q (neumann, cg)")
+    particles: str = _option("1", "Copies of the whole run that differ in chance alone; '8,3,1' keeps the better ones")
+    rounds: str = _option("1", "Shares of the run after which there are fewer particles, as '0.2,0.5,1'")
+    init_deg: float = _option(0.0, "φ at the start, in degrees", "rotation")
+    spread_deg: float = _option(1.0, "Spread of the rotations at the start; it narrows to 1 degree", "rotation")
+    kick_deg: float = _option(0.0, "Noise on φ after a meta step at the start; it fades in the first round", "rotation")
+    noise: float = _option(0.5, "Share of the PT examples with a wrong label", "noise")
+    dropout: float = _option(0.0, "Share of the input that PT does not get to see")
+    finetune_steps: int = _option(500, "Steps of the FT that measures an encoder")
+    compare: int = _option(3, "Seeds of the closing comparison; 0: none")
+    checkpoint_every: int = _option(20, "Meta steps (or P PT steps) between two checkpoints")
+
+    def __post_init__(self):
+        for name in ("steps", "meta_every", "batch_size", "finetune_batch_size", "meta_batch_size",
+                     "validation_batch_size", "finetune_steps", "checkpoint_every"):  # fmt: skip
+            self._check(getattr(self, name) >= 1, name, "1 or more")
+        for name in ("warmup", "unroll_steps", "terms", "damping", "compare", "kick_deg", "spread_deg"):
+            self._check(getattr(self, name) >= 0, name, "0 or more")
+        for name in ("lr", "finetune_lr", "meta_lr", "meta_lr_decay"):
+            self._check(getattr(self, name) > 0, name, "positive")
+        for name in ("noise", "dropout"):
+            self._check(0 <= getattr(self, name) < 1, name, "at least 0 and less than 1")
+        self._check(0 <= self.average <= 1, "average", "between 0 and 1")
+        self._check(self.warmup <= self.steps, "warmup", f"at most the {self.steps} steps")
+        self._check(math.isfinite(self.init_deg), "init_deg", "a finite angle")
+        try:
+            _, _, plan = self.unroll, self.inverse, self.plan  # the first two check their own fields
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+        counts, shares = [count for count, _ in plan], [share for _, share in plan]
+        self._check(
+            counts[-1] == 1 and counts == sorted(counts, reverse=True), "particles", "falling numbers down to 1"
+        )
+        self._check(shares[-1] == 1 and shares == sorted(shares) and shares[0] > 0, "rounds", "rising shares up to 1")
+
+    def _check(self, condition: bool, name: str, expected: str) -> None:
+        if not condition:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def unroll(self) -> Unroll:
+        return Unroll(steps=self.unroll_steps, lr=self.finetune_lr, optimizer="adam", scope=self.scope)
+
+    @property
+    def inverse(self) -> Solver:
+        return Solver(
+            method=self.solver, terms=self.terms, alpha=self.alpha, damping=self.damping, seed=self.seed, hvp=self.hvp
+        )
+
+    @property
+    def plan(self) -> list[tuple[int, float]]:
+        """How many particles there are until which share of the run."""
+        counts, shares = self.particles.split(","), self.rounds.split(",")
+        return [(int(n), float(share)) for n, share in zip(counts, shares, strict=True)]
+
+
+class Domain:
+    """One experiment: what the training loop needs to know of it.
+
+    A domain has three parts of FT data, by name: finetune, validation and test.
+    """
+
+    metric = "accuracy"
+    preset: ClassVar[dict] = {}  # settings that differ from the defaults
+    sizes: dict[str, int]  # examples in each part: pretrain, finetune, validation, test
+    finetune_sizes: tuple[int, ...]  # numbers of FT examples that reports show
+
+    def network(self) -> Network:
+        """θ, freshly drawn."""
+        raise NotImplementedError
+
+    def head(self) -> nn.Module:
+        """ψ, freshly drawn."""
+        raise NotImplementedError
+
+    def meta(self) -> nn.Module:
+        """φ as it is before anything is learned."""
+        raise NotImplementedError
+
+    def random_meta(self) -> nn.Module:
+        """φ drawn at random: what a search without gradients would try."""
+        raise NotImplementedError
+
+    def pretrain_loss(self, network: Network, meta: nn.Module, index: Tensor, progress: float, live=False) -> Loss:
+        """L_PT(θ, φ) on the PT examples `index`, at a share `progress` of the run; `live`: buffers are updated."""
+        raise NotImplementedError
+
+    def inputs(self, part: str, index: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def targets(self, part: str, index: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The FT loss, averaged over examples."""
+        raise NotImplementedError
+
+    def score(self, outputs: Tensor, targets: Tensor) -> float:
+        """The metric."""
+        raise NotImplementedError
+
+    def explore(self, meta: nn.Module, progress: float) -> None:
+        """Noise on φ after a meta step, where a domain wants it."""
+
+    def measure(self, meta: nn.Module) -> dict[str, float]:
+        """What a person wants to see of φ."""
+        raise NotImplementedError
+
+    def facts(self, meta: nn.Module) -> dict:
+        """What the summary says besides φ itself."""
+        return {}
+
+    def figures(self, meta: nn.Module, folder: Path) -> None:
+        """Figures of φ that only this domain has."""
+
+    def finetune_loss(self, network: Network, head: nn.Module, part: str, index: Tensor) -> Loss:
+        """L_FT(θ, ψ), or L_V on the validation part: everything in evaluation mode."""
+
+        def loss(theta, psi):
+            hidden = call(network, theta, self.inputs(part, index), features=True)
+            return self.loss(call(head, psi, hidden), self.targets(part, index))
+
+        return loss
+
+
+class ImageDomain(Domain):
+    """Classification of small images; PT and FT have the same ten classes."""
+
+    def __init__(self, source: str, settings: Settings, device: torch.device, data: Path):
+        self.settings, self.device, self.small = settings, device, source == "digits"
+        images = load_images(source, data, settings.seed)
+        self.sizes = {part: len(labels) for part, labels in images.labels.items()}
+        self.scale, self.classes = images.scale, images.classes
+        self.labels = {part: labels.to(device) for part, labels in images.labels.items()}
+        self.pixels = {part: pixels.to(device) for part, pixels in images.pixels.items()}
+        self.height = images.pixels["test"].shape[-1]
+        self.finetune_sizes = (30, 100, self.sizes["finetune"])
+        self.random = np.random.default_rng(settings.seed)
+
+    def network(self):
+        features = 32 if self.small else 64
+        encoder = SmallCNN(self.height, 16, features, self.settings.dropout)
+        return Network(encoder, nn.Linear(features, self.classes)).to(self.device)
+
+    def head(self):
+        return nn.Linear(32 if self.small else 64, self.classes).to(self.device)
+
+    def inputs(self, part, index):
+        return self.pixels[part][index].float() / self.scale
+
+    def targets(self, part, index):
+        return self.labels[part][index]
+
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, targets)
+
+    def score(self, outputs, targets):
+        return (outputs.argmax(1) == targets).double().mean().item()
+
+
+class Rotation(ImageDomain):
+    """PT images are rotated by N(φ, 1°), FT images by N(90°, 1°): φ should arrive at 90°."""
+
+    preset: ClassVar[dict] = {"meta_lr": 4.0, "dropout": 0.4}
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        for part in ("finetune", "validation", "test"):
+            degrees = torch.from_numpy(self.random.normal(90, 1, self.sizes[part])).float().to(self.device)
+            self.pixels[part] = rotate(self.pixels[part].float(), degrees)  # once and for all: FT data are data
+
+    def meta(self):
+        return RotationMean(self.settings.init_deg).to(self.device)
+
+    def random_meta(self):
+        return RotationMean(torch.rand(()).item() * 360 - 180).to(self.device)
+
+    def pretrain_loss(self, network, meta, index, progress, live=False):
+        images, labels = self.inputs("pretrain", index), self.targets("pretrain", index)
+        # A wide spread early averages the loss over angles, which flattens its lesser optima; it is 1° from half-way on.
+        spread = max(1.0, self.settings.spread_deg ** (1 - 2 * progress))
+
+        def loss(theta, phi):
+            rotated = call(meta, phi, images, spread, train=True)
+            return F.cross_entropy(call(network, theta, rotated, train=True, live=live), labels)
+
+        return loss
+
+    def explore(self, meta, progress):
+        fading = max(0.0, 1 - progress / self.settings.plan[0][1])
+        meta.rotation_mean_deg.data += self.settings.kick_deg * fading**2 * torch.randn(()).item()
+
+    def measure(self, meta):
+        return {"rotation_mean_deg": wrap(meta.rotation_mean_deg.item())}
+
+
+def wrap(degrees: float) -> float:
+    """The same angle in [−180, 180)."""
+    return (degrees + 180) % 360 - 180
+
+
+class Noise(ImageDomain):
+    """A share of the PT labels is wrong; φ weighs PT examples. FT labels are right.
+
+    L_PT = Σ_i w_i(φ) CE_i / Σ_i w_i(φ): divided by the sum of the weights, so that φ cannot lower the loss, or PT's
+    learning rate, by making all weights small.
+    """
+
+    preset: ClassVar[dict] = {"meta_lr": 1e-2}
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        labels = self.labels["pretrain"].cpu().numpy()
+        self.noisy = torch.zeros(len(labels), dtype=torch.bool)  # for reports alone: no loss reads it
+        wrong = self.random.permutation(len(labels))[: round(self.settings.noise * len(labels))]
+        self.noisy[wrong] = True
+        labels[wrong] = (labels[wrong] + self.random.integers(1, self.classes, len(wrong))) % self.classes
+        self.labels["pretrain"] = torch.from_numpy(labels).to(self.device)
+
+    def meta(self):
+        return ExampleWeights(self.height**2, self.classes, 64).to(self.device)
+
+    random_meta = meta
+
+    def pretrain_loss(self, network, meta, index, progress, live=False):
+        images, labels = self.inputs("pretrain", index), self.targets("pretrain", index)
+
+        def loss(theta, phi):
+            weights = call(meta, phi, images, labels, train=True)
+            losses = F.cross_entropy(call(network, theta, images, train=True, live=live), labels, reduction="none")
+            return (weights * losses).sum() / weights.sum()
+
+        return loss
+
+    def weights(self, meta, most: int | None = None) -> Tensor:
+        """The weight of each PT example (of the first `most`), on the CPU."""
+        index = torch.arange(min(most or math.inf, self.sizes["pretrain"]), device=self.device)
+        with torch.no_grad():
+            batches = index.split(4096)
+            return torch.cat([meta(self.inputs("pretrain", i), self.targets("pretrain", i)) for i in batches]).cpu()
+
+    def ratio(self, weights: Tensor) -> float:
+        noisy = self.noisy[: len(weights)]
+        return (weights[~noisy].mean() / weights[noisy].mean()).item() if noisy.any() else math.nan
+
+    def measure(self, meta):
+        return {"clean_to_noisy_weight_ratio": self.ratio(self.weights(meta, 2000))}
+
+    def facts(self, meta):
+        weights = self.weights(meta)
+        return {
+            "clean_to_noisy_weight_ratio": self.ratio(weights),
+            "mean_weight_clean": weights[~self.noisy].mean().item(),
+            "mean_weight_noisy": weights[self.noisy].mean().item() if self.noisy.any() else None,
+        }
+
+    def figures(self, meta, folder):
+        plot_weights(self.weights(meta).numpy(), self.noisy.numpy(), folder / "weights.png")
+
+
+DOMAINS = {
+    f"{source}-{kind.__name__.lower()}": (kind, source) for source in ("digits", "mnist") for kind in (Rotation, Noise)
+}
+
+
+def settings_of(domain: str, given: dict) -> Settings:
+    """A domain's settings: its preset, and what was given. BadInput where they do not belong together."""
+    kind, _ = find_domain(domain)
+    fields = {f.name: f for f in dataclasses.fields(Settings)}
+    for name in given:
+        only = fields[name].metadata["only"]
+        if only and not domain.endswith(only):
+            raise BadInput(f"--{name.replace('_', '-')} belongs to the {only} domains, not to {domain}")
+    return Settings(**{**kind.preset, **given})
+
+
+def find_domain(name: str) -> tuple[type, str]:
+    if name not in DOMAINS:
+        raise BadInput(f"{name!r} is no domain; there are {', '.join(DOMAINS)}")
+    return DOMAINS[name]
+
+
+def make_domain(name: str, settings: Settings, device: torch.device, data: Path) -> Domain:
+    kind, source = find_domain(name)
+    return kind(source, settings, device, data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Training: PT, Algorithm 1, FT, evaluation, checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+MANY_SKIPPED = 10  # meta steps in a row without a finite hypergradient: the run has failed
+
+
+class Failed(Exception):
+    """The run cannot go on. The message is one line."""
+
+
+class Stream:
+    """Indices of mini-batches: a new permutation each epoch, every example once an epoch but for an incomplete end."""
+
+    def __init__(self, n: int, batch: int, device: torch.device):
+        self.n, self.batch, self.device = n, min(batch, n), device
+        self.order, self.position = torch.randperm(n), 0
+
+    def next(self) -> Tensor:
+        if self.position + self.batch > self.n:
+            self.order, self.position = torch.randperm(self.n), 0
+        self.position += self.batch
+        return self.order[self.position - self.batch : self.position].to(self.device)
+
+    def state_dict(self) -> dict:
+        return {"order": self.order, "position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.order, self.position = state["order"], state["position"]
+
+
+class Learner:
+    """All that Algorithm 1 carries from step to step: θ, ψ, φ, their optimisers, q, and the place in the data."""
+
+    MODULES = ("network", "head", "meta", "optimizer", "meta_optimizer")
+    STREAMS = ("pretrain", "meta", "finetune", "validation")
+    VALUES = (
+        "psi",
+        "ft_state",
+        "q",
+        "average",
+        "averaged",
+        "recent",
+        "skipped",
+        "skipped_in_a_row",
+        "meta_steps",
+        "number",
+    )
+
+    def __init__(self, domain: Domain, settings: Settings, number: int = 0):
+        self.domain, self.settings, self.number = domain, settings, number
+        self.network, self.head, self.meta = domain.network(), domain.head(), domain.meta()
+        self.psi = {name: p.detach().clone() for name, p in self.head.named_parameters()}
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr)
+        self.meta_optimizer = torch.optim.Adam(self.meta.parameters(), lr=settings.meta_lr, betas=(0.9, 0.99))
+        batches = {"pretrain": settings.batch_size, "meta": settings.meta_batch_size}
+        batches |= {"finetune": settings.finetune_batch_size, "validation": settings.validation_batch_size}
+        device = next(self.network.parameters()).device
+        sizes = {**domain.sizes, "meta": domain.sizes["pretrain"]}
+        self.streams = {name: Stream(sizes[name], batches[name], device) for name in self.STREAMS}
+        self.ft_state, self.q = {}, None
+        self.average, self.averaged = {}, 0  # of φ, over the end of the run
+        self.recent: list[float] = []  # validation losses of the last meta steps: particles are compared by them
+        self.skipped = self.skipped_in_a_row = self.meta_steps = 0
+        self.losses = {"pretrain_loss": math.nan, "finetune_loss": math.nan, "validation_loss": math.nan}
+
+    def pretrain_step(self, progress: float) -> None:
+        """One step on θ with φ fixed, and one on the FT head ψ beside it."""
+        theta, phi = dict(self.network.named_parameters()), _detached(self.meta)
+        loss = self.domain.pretrain_loss(self.network, self.meta, self.streams["pretrain"].next(), progress, live=True)
+        value = loss(theta, phi)
+        self.optimizer.zero_grad()
+        value.backward()
+        self.optimizer.step()
+
+        loss = self.domain.finetune_loss(self.network, self.head, "finetune", self.streams["finetune"].next())
+        psi = _point(psi={name: p.requires_grad_() for name, p in self.psi.items()})
+        head_value = loss(_detached(self.network), _group(psi, "psi"))
+        gradient = _grad(head_value, psi)
+        with torch.no_grad():
+            state = self.ft_state if self.settings.scope == "head" else {}
+            moved, state = finetune_step({k: p.detach() for k, p in psi.items()}, gradient, self.settings.unroll, state)
+        self.psi = _group(moved, "psi")
+        if self.settings.scope == "head":
+            self.ft_state = state
+        self.losses |= {"pretrain_loss": value.detach(), "finetune_loss": head_value.detach()}
+
+    def meta_step(self, progress: float) -> None:
+        """K unrolled FT steps, the hypergradient, one step on φ. Without a finite hypergradient φ stays as it is."""
+        settings = self.settings
+        theta, phi = _detached(self.network), _detached(self.meta)
+        finetune = [
+            self.domain.finetune_loss(self.network, self.head, "finetune", self.streams["finetune"].next())
+            for _ in range(settings.unroll_steps)
+        ]
+        try:
+            result = hypergradient(
+                self.domain.pretrain_loss(self.network, self.meta, self.streams["meta"].next(), progress),
+                finetune,
+                self.domain.finetune_loss(self.network, self.head, "validation", self.streams["validation"].next()),
+                theta,
+                self.psi,
+                phi,
+                unroll=settings.unroll,
+                solver=settings.inverse,
+                q0=self.q,
+                ft_state=self.ft_state,
+            )
+        except FloatingPointError as error:
+            self.skipped, self.skipped_in_a_row, self.q = self.skipped + 1, self.skipped_in_a_row + 1, None
+            if self.skipped_in_a_row >= MANY_SKIPPED:
+                raise Failed(f"{MANY_SKIPPED} meta steps in a row without a finite hypergradient: {error}") from None
+            return
+        self.psi, self.ft_state = result.psi, result.ft_state
+        self.q = result.q if settings.carry_q else None
+        for name, parameter in self.meta.named_parameters():
+            parameter.grad = result.phi[name]
+        for group in self.meta_optimizer.param_groups:
+            group["lr"] = settings.meta_lr * settings.meta_lr_decay**progress
+        self.meta_optimizer.step()
+        self.domain.explore(self.meta, progress)
+        if progress >= 1 - settings.average:
+            self.averaged += 1
+            for name, p in _detached(self.meta).items():
+                before = self.average.get(name, torch.zeros_like(p))
+                self.average[name] = before + (p - before) / self.averaged
+        self.skipped_in_a_row, self.meta_steps = 0, self.meta_steps + 1
+        self.losses["validation_loss"] = result.value
+        self.recent = [*self.recent[-9:], result.value.item()]
+
+    def learned(self) -> nn.Module:
+        """φ as the run leaves it: its average over the end, where that was asked for."""
+        meta = copy.deepcopy(self.meta)
+        if self.averaged:
+            meta.load_state_dict({**meta.state_dict(), **self.average})
+        return meta
+
+    def state_dict(self) -> dict:
+        modules = {name: getattr(self, name).state_dict() for name in self.MODULES}
+        values = {name: getattr(self, name) for name in self.VALUES}
+        return {**modules, **values, "streams": {name: s.state_dict() for name, s in self.streams.items()},
+                "losses": {name: float(value) for name, value in self.losses.items()}}  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in self.MODULES:
+            getattr(self, name).load_state_dict(state[name])
+        for name in (*self.VALUES, "losses"):
+            setattr(self, name, state[name])
+        for name, stream in self.streams.items():
+            stream.load_state_dict(state["streams"][name])
+
+
+def _detached(module: nn.Module) -> Params:
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+class Training:
+    """Algorithm 1, or PT alone with φ fixed, from its beginning or from a checkpoint.
+
+    Args:
+        domain: the experiment.
+        settings: every knob.
+        learn: whether φ is learned; without it this is the baseline, PT with φ as it is.
+        phi: φ to begin with, as a state dict; None: the domain's default.
+    """
+
+    def __init__(self, domain: Domain, settings: Settings, learn: bool, phi: dict | None = None):
+        torch.manual_seed(settings.seed)
+        self.domain, self.settings, self.learn = domain, settings, learn
+        first = Learner(domain, settings)
+        if phi is not None:
+            first.meta.load_state_dict(phi)
+        self.learners = [first]
+        for number in range(1, settings.plan[0][0] if learn else 1):
+            other = copy.deepcopy(
+                first, {id(domain): domain}
+            )  # the same θ, ψ and φ: particles differ by what they draw from here on
+            other.number = number
+            self.learners.append(other)
+        self.step, self.seconds = 0, 0.0
+
+    def run(self, each=lambda training: None, at_checkpoint=lambda training: None) -> "Training":
+        """Goes on to the end.
+
+        Args:
+            each: called after every P PT steps (and the meta step that follows them, if any).
+            at_checkpoint: called every `checkpoint_every` of those, and at the end.
+        """
+        settings, begun = self.settings, time.perf_counter() - self.seconds
+        while self.step < settings.steps:
+            # P steps make one round, counted from the end of the warm-up; what does not fit comes first and last.
+            until = min(
+                self.step + settings.meta_every - (self.step - settings.warmup) % settings.meta_every, settings.steps
+            )
+            if self.step < settings.warmup:
+                until = min(until, settings.warmup)
+            whole = until - self.step == settings.meta_every and self.step >= settings.warmup
+            for learner in self.learners:
+                for step in range(self.step, until):
+                    learner.pretrain_step(self._progress(step))
+                if self.learn and whole:
+                    learner.meta_step(self._progress(until - 1))
+            self.step, self.seconds = until, time.perf_counter() - begun
+            for learner in self.learners:
+                if not math.isfinite(learner.losses["pretrain_loss"]):
+                    raise Failed(f"the PT loss is not finite at PT step {self.step}: a lower --lr may help")
+            self._select()
+            each(self)
+            rounds = -(-self.step // settings.meta_every)
+            if rounds % settings.checkpoint_every == 0 or self.step == settings.steps:
+                at_checkpoint(self)
+        return self
+
+    def _progress(self, step: int) -> float:
+        """How much of the run, its warm-up aside, is behind it; all of it where nothing is learned."""
+        if not self.learn:
+            return 1.0
+        return max(0.0, (step - self.settings.warmup) / max(1, self.settings.steps - self.settings.warmup))
+
+    def _select(self) -> None:
+        """Successive halving (Jamieson and Talwalkar, AISTATS 2016): at the end of a round the better particles stay."""
+        wanted = next(count for count, share in self.settings.plan if share >= self._progress(self.step))
+        if len(self.learners) > wanted:
+            self.learners.sort(key=lambda learner: np.mean(learner.recent) if learner.recent else math.inf)
+            del self.learners[wanted:]
+
+    @property
+    def best(self) -> Learner:
+        return self.learners[0]
+
+    def state_dict(self) -> dict:
+        state = {"learners": [learner.state_dict() for learner in self.learners]}
+        state |= {"step": self.step, "seconds": self.seconds, "random": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda_random"] = torch.cuda.get_rng_state_all()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        del self.learners[len(state["learners"]) :]
+        for learner, saved in zip(self.learners, state["learners"], strict=True):
+            learner.load_state_dict(saved)
+        self.step, self.seconds = state["step"], state["seconds"]
+        torch.set_rng_state(state["random"].cpu())
+        if "cuda_random" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([random.cpu() for random in state["cuda_random"]])
+
+
+class Finetuned(NamedTuple):
+    """An encoder after FT."""
+
+    score: float  # the metric on the test part
+    validation_loss: float  # where it was lowest, which is what was scored
+
+
+def finetune(
+    domain: Domain, network: Network, examples: int, seed: int, scope: str, lr: float, steps: int
+) -> Finetuned:
+    """FT of a fresh head on a pre-trained encoder (Adam), the test score at the best of 25 looks at the validation loss.
+
+    Args:
+        domain: the experiment.
+        network: θ; it is not changed.
+        examples: how many of the FT examples are used; every method gets the same ones for the same seed.
+        seed: of the choice of examples, of the head and of the batches.
+        scope: "head": linear evaluation; "all": the encoder moves too.
+        lr, steps: of FT, with batches of 64.
+    """
+    torch.manual_seed(seed)
+    chosen = torch.randperm(domain.sizes["finetune"])[:examples]  # the first of one order: sets by size are nested
+    head, network = domain.head(), copy.deepcopy(network).eval()
+    device = next(network.parameters()).device
+    index = {part: torch.arange(domain.sizes[part], device=device) for part in ("validation", "test")}
+    index["finetune"] = chosen.to(device)
+    hidden = {}
+    if scope == "head":  # the encoder stands still, so each example passes it once
+        with torch.no_grad():
+            for part, rows in index.items():
+                batches = [network(domain.inputs(part, i), features=True) for i in rows.split(2048)]
+                hidden[part] = torch.cat(batches)
+
+    def outputs(part, rows):
+        if scope == "head":
+            return head(hidden[part][rows])
+        return head(network(domain.inputs(part, index[part][rows]), features=True))
+
+    @torch.no_grad()
+    def measured(part):
+        rows = torch.arange(len(index[part]), device=device)
+        return torch.cat([outputs(part, i) for i in rows.split(2048)]), domain.targets(part, index[part])
+
+    parameters = [*head.parameters(), *(network.parameters() if scope == "all" else [])]
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    best, kept, batches = math.inf, math.nan, Stream(len(chosen), 64, device)
+    looks = {round(look * steps / 25) for look in range(1, 26)}
+    for step in range(1, steps + 1):
+        rows = batches.next()
+        loss = domain.loss(outputs("finetune", rows), domain.targets("finetune", index["finetune"][rows]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in looks:
+            value = domain.loss(*measured("validation")).item()
+            if value < best:
+                best, kept = value, domain.score(*measured("test"))
+    return Finetuned(kept, best)
+
+
+def compare(domain: Domain, methods: dict, examples: list[int], seeds: int, scope: str, lr: float, steps: int, advance):
+    """Test scores of several encoders after the same FT.
+
+    Args:
+        methods: name → function of a seed that gives a Network.
+        examples: sizes of the FT set.
+        seeds: FT is repeated with the seeds 0 … seeds − 1.
+        advance: called after each (method, seed).
+
+    Returns:
+        {(method, number of examples): [Finetuned, one a seed]}.
+    """
+    results = {(method, n): [] for method in methods for n in examples}
+    for seed in range(seeds):
+        for method, network_of in methods.items():
+            network = network_of(seed)
+            for n in examples:
+                results[method, n].append(finetune(domain, network, n, seed, scope, lr, steps))
+            advance()
+    return results
+
+
+def comparison_rows(domain: Domain, results: dict) -> list[dict]:
+    """The rows of `summary.json`: mean and standard error over seeds."""
+    rows = []
+    for (method, n), outcomes in results.items():
+        scores = np.array([outcome.score for outcome in outcomes])
+        stderr = float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None
+        rows.append({"method": method, "ft_examples": n, "metric": domain.metric, "mean": float(scores.mean()),
+                     "stderr": stderr, "seeds": len(scores)})  # fmt: skip
+    return rows
+
+
+def differences(results: dict, methods: list[str], examples: list[int]) -> list[dict]:
+    """Of each method to the first: mean and 95 % interval (Student's t), paired by seed."""
+    from scipy.stats import t
+
+    rows = []
+    for n in examples:
+        base = np.array([outcome.score for outcome in results[methods[0], n]])
+        for method in methods[1:]:
+            d = np.array([outcome.score for outcome in results[method, n]]) - base
+            half = float(t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d))) if len(d) > 1 else math.nan
+            low, high = (None, None) if math.isnan(half) else (float(d.mean()) - half, float(d.mean()) + half)
+            rows.append({"method": method, "versus": methods[0], "ft_examples": n, "mean": float(d.mean()),
+                         "low": low, "high": high})  # fmt: skip
+    return rows
+
+
+# A run on disk.
+
+FORMAT = "metapt 1"
+
+
+def save_whole(path: Path, write) -> None:
+    """Writes a file under a temporary name, flushes it to the disk, and only then gives it its name."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def save_json(path: Path, content) -> None:
+    save_whole(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def load_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing: {path.parent} is no run, or one that did not get far") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is not what metapt writes")
+    return content
+
+
+def load_tensors(path: Path, device="cpu"):
+    """A file of torch.save, without running any code that it may hold."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing") from None
+    except Exception as error:  # noqa: BLE001 (torch raises half a dozen types for files that are torn or hostile)
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise BadInput(f"{path} is not a readable checkpoint: {reason}") from None
+
+
+class Run:
+    """A folder: config.json, metrics.jsonl, checkpoint.pt, summary.json and figures."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @classmethod
+    def create(cls, folder: Path | None, name: str, config: dict) -> "Run":
+        """A new folder; BadInput where there is something in it already."""
+        if folder is None:
+            numbers = ("", *(f"-{n}" for n in range(2, 10_000)))
+            folder = next(f for f in (Path("runs") / f"{name}{n}" for n in numbers) if not f.exists())
+        try:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise BadInput(f"{folder} is not empty: name another --out, or go on with --resume {folder}")
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{folder} cannot be made: {error.strerror}") from None
+        save_json(folder / "config.json", config)
+        return cls(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Run":
+        if not folder.is_dir():
+            raise BadInput(f"{folder} is no folder of a run")
+        return cls(folder)
+
+    def config(self) -> dict:
+        """What the run was started with: command, domain, device, phi (a run, or None) and every setting."""
+        config = load_json(self.folder / "config.json")
+        try:
+            find_domain(config["domain"])
+            config["settings"] = Settings(**config["settings"])
+            if config["format"] != FORMAT or config["command"] not in ("pretrain", "meta"):
+                raise KeyError
+        except BadInput as error:
+            raise BadInput(f"{self.folder / 'config.json'}: {error}") from None
+        except (KeyError, TypeError):
+            raise BadInput(f"{self.folder / 'config.json'} is not what metapt writes") from None
+        return config
+
+    def save(self, training: Training, domain: str) -> None:
+        content = {"format": FORMAT, "domain": domain, **training.state_dict()}
+        content["phi"] = training.best.learned().state_dict()
+        content["metrics_bytes"] = self.metrics.stat().st_size if self.metrics.exists() else 0
+        save_whole(self.folder / "checkpoint.pt", lambda file: torch.save(content, file))
+
+    def checkpoint(self, domain: str) -> dict:
+        path = self.folder / "checkpoint.pt"
+        content = load_tensors(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise BadInput(f"{path} is not a checkpoint of metapt")
+        if content.get("domain") != domain:
+            raise BadInput(f"{path} is of the domain {content.get('domain')}, not {domain}")
+        return content
+
+    def restore(self, training: Training, domain: str) -> None:
+        """Sets a training to where the checkpoint is, and cuts off the metrics that came after it."""
+        content = self.checkpoint(domain)
+        try:
+            training.load_state_dict(content)
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0][:160]
+            raise BadInput(
+                f"{self.folder / 'checkpoint.pt'} does not fit {self.folder / 'config.json'}: {reason}"
+            ) from None
+        if self.metrics.exists():
+            os.truncate(self.metrics, content["metrics_bytes"])
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def history(self) -> list[dict]:
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        return [json.loads(line) for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Reports: tables and figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+METHODS = {
+    "no_pretraining": "no pre-training",
+    "default_phi": "pre-training, default φ",
+    "random_phi": "pre-training, best of random φ",
+    "learned_phi": "pre-training, learned φ",
+    "online": "θ of the meta run itself",
+}
+
+
+def show_table(console, title: str, columns: list[str], rows: list[list[str]]) -> None:
+    table = rich.table.Table(title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def show_comparison(console, rows: list[dict]) -> None:
+    cells = [[*_named(row), _percent(row["mean"]), _percent(row["stderr"]), str(row["seeds"])] for row in rows]
+    title = f"Test {rows[0]['metric']} after fine-tuning (%)"
+    show_table(console, title, ["", "FT examples", "mean", "± s.e.", "seeds"], cells)
+
+
+def show_differences(console, rows: list[dict]) -> None:
+    cells = [[*_named(row), _percent(row["mean"]), f"{_percent(row['low'])} … {_percent(row['high'])}"] for row in rows]
+    title = f"Difference to {METHODS.get(rows[0]['versus'], rows[0]['versus'])} (points, paired by seed)"
+    show_table(console, title, ["", "FT examples", "mean", "95 % interval"], cells)
+
+
+def _named(row: dict) -> list[str]:
+    return [METHODS.get(row["method"], row["method"]), str(row["ft_examples"])]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+@contextlib.contextmanager
+def figure(path: Path, panels: int = 1):
+    """A figure of half a page's width a panel, written to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+             "lines.linewidth": 1.2, "savefig.dpi": 200}  # fmt: skip
+    with plt.rc_context(style):
+        drawing, axes = plt.subplots(1, panels, figsize=(3.5 * panels, 2.5), layout="constrained", squeeze=False)
+        yield axes[0]
+        drawing.savefig(path)
+        plt.close(drawing)
+
+
+def plot_phi(history: list[dict], survivor: int, folder: Path) -> None:
+    """The measured value of φ along the run; particles that were given up in grey."""
+    name = next(k for k in history[-1] if k in PHI_AXES)
+    label, scale = PHI_AXES[name]
+    with figure(folder / "phi.png") as (axis,):
+        for particle in sorted({row["particle"] for row in history}, key=lambda p: p == survivor):
+            rows = [row for row in history if row["particle"] == particle]
+            x, y = [row["step"] for row in rows], [row[name] for row in rows]
+            kept = particle == survivor
+            marks = {"ls": "", "marker": ".", "ms": 3} if "deg" in name else {}  # a line would cross the circle's seam
+            others = (
+                "other particles"
+                if particle == min({row["particle"] for row in history} - {survivor}, default=None)
+                else None
+            )
+            axis.plot(x, y, color="C0" if kept else "0.8", label="learned φ" if kept else others, **marks)
+        if "deg" in name:
+            axis.axhline(90, color="C3", lw=0.8, ls="--", label="rotation of the FT images")
+            axis.set_ylim(-180, 180)
+            axis.set_yticks([-180, -90, 0, 90, 180])
+        axis.set(xlabel="PT steps", ylabel=label, yscale=scale)
+        axis.legend(loc="best", fontsize=7)
+
+
+PHI_AXES = {
+    "rotation_mean_deg": ("mean rotation φ (degrees)", "linear"),
+    "clean_to_noisy_weight_ratio": ("weight of clean / of noisy examples", "log"),
+}
+
+
+def plot_losses(history: list[dict], survivor: int, folder: Path) -> None:
+    rows = [row for row in history if row["particle"] == survivor]
+    with figure(folder / "losses.png") as (axis,):
+        for name, label in (("pretrain_loss", "PT"), ("finetune_loss", "FT"), ("validation_loss", "validation")):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, alpha=0.9)
+        axis.set(xlabel="PT steps", ylabel="loss (nats)", yscale="log")
+        axis.legend()
+
+
+def plot_comparison(rows: list[dict], path: Path) -> None:
+    """The metric by FT-set size, or as bars where there is one size."""
+    sizes, methods = sorted({row["ft_examples"] for row in rows}), list(dict.fromkeys(row["method"] for row in rows))
+    with figure(path) as (axis,):
+        for i, method in enumerate(methods):
+            points = sorted(
+                (r["ft_examples"], 100 * r["mean"], 100 * (r["stderr"] or 0)) for r in rows if r["method"] == method
+            )
+            x, mean, stderr = zip(*points, strict=True)
+            label = METHODS.get(method, method)
+            if len(sizes) == 1:
+                axis.errorbar(mean, [-i], xerr=stderr, fmt="o", ms=4, capsize=2, color=f"C{i}")
+            else:
+                axis.errorbar(x, mean, yerr=stderr, fmt="o-", ms=3, capsize=2, label=label, color=f"C{i}")
+        metric = f"test {rows[0]['metric']} (%), mean ± s.e."
+        if len(sizes) == 1:
+            axis.set_yticks([-i for i in range(len(methods))], [METHODS.get(m, m) for m in methods])
+            axis.set(xlabel=metric, ylim=(-len(methods) + 0.5, 0.5))
+        else:
+            axis.set_xscale("log")
+            axis.set_xticks(sizes, [str(n) for n in sizes])
+            axis.minorticks_off()
+            axis.set(xlabel="FT examples", ylabel=metric)
+            axis.legend(fontsize=7)
+
+
+def plot_weights(weights: np.ndarray, noisy: np.ndarray, path: Path) -> None:
+    bins = np.logspace(min(-3.0, math.floor(math.log10(max(weights.min(), 1e-12)))), 0, 40)
+    with figure(path) as (axis,):
+        axis.hist(weights[~noisy], bins, alpha=0.7, color="C0", label="right label")
+        axis.hist(weights[noisy], bins, alpha=0.7, color="C3", label="wrong label")
+        axis.set(xscale="log", xlabel="weight that φ gives", ylabel="PT examples")
+        axis.legend()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(
+    help=__doc__.split("\n\n")[0], add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+def with_settings(command):
+    """Gives a command one option for each field of `Settings`; what was given arrives as the dict `given`."""
+
+    def wrapper(**arguments):
+        names = {f.name for f in dataclasses.fields(Settings)}
+        given = {name: value for name, value in arguments.items() if name in names and value is not None}
+        return command(given=given, **{name: value for name, value in arguments.items() if name not in names})
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
+    options = []
+    for f in dataclasses.fields(Settings):
+        presets = {
+            name.split("-")[1]: kind.preset[f.name] for name, (kind, _) in DOMAINS.items() if f.name in kind.preset
+        }
+        defaults = [str(f.default), *(f"{kind}: {value}" for kind, value in presets.items())]
+        only = f" ({f.metadata['only']} domains)" if f.metadata["only"] else ""
+        text = f"{f.metadata['help']}{only}. [default: {'; '.join(defaults)}]"
+        kind = Annotated[f.type | None, typer.Option(help=text, show_default=False)]
+        options.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    wrapper.__signature__ = inspect.Signature([*own, *options])
+    wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    return wrapper
+
+
+DomainName = Annotated[str, typer.Argument(help=f"One of {', '.join(DOMAINS)}")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Data = Annotated[Path, typer.Option(help="Where downloaded data lie")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder of the run [default: a new one under runs/]", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object and nothing else")]
+Resume = Annotated[Path | None, typer.Option(help="Go on with this run, from its last checkpoint")]
+Epochs = Annotated[int | None, typer.Option(help="PT epochs, instead of --steps")]
+Sizes = Annotated[str | None, typer.Option(help="Sizes of the FT set, as 30,100,300 [default: the domain's]")]
+Seeds = Annotated[int, typer.Option(help="FT is repeated with this many seeds", min=1)]
+Scope = Annotated[str, typer.Option("--scope", help="What FT moves: head or all")]
+Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate of FT [default: 0.01 for head, 0.001 for all]")]
+FtSteps = Annotated[
+    int, typer.Option("--steps", help="Steps of FT; the best of 25 looks at the validation loss counts", min=1)
+]
+
+
+@app.command()
+def download(
+    dataset: Annotated[str, typer.Argument(help="mnist")],
+    data: Data = Path("data"),
+    url: Annotated[str, typer.Option(help="Where to fetch it")] = MNIST_URL,
+    source: Annotated[Path | None, typer.Option("--from", help="A folder that holds the files already")] = None,
+):
+    """Fetch a data set, or take it from a folder; every file is verified, an interrupted download goes on."""
+    if dataset != "mnist":
+        raise BadInput(f"{dataset!r} cannot be downloaded; there is mnist (the digits domains need no download)")
+    console = rich.console.Console()
+    columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
+               rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn(),
+               rich.progress.TimeRemainingColumn())  # fmt: skip
+    with rich.progress.Progress(*columns, console=console) as bars:
+        for name, sha256 in MNIST_SHA256.items():
+            path = data / "mnist" / name
+            if source is not None:
+                adopt(source / name, path, sha256)
+            else:
+                bar = bars.add_task(name, total=None)
+                fetch(f"{url.rstrip('/')}/{name}", path, sha256,
+                      lambda done, total, bar=bar: bars.update(bar, completed=done, total=total))  # fmt: skip
+    console.print(f"{len(MNIST_SHA256)} files verified in {data / 'mnist'}")
+
+
+@app.command()
+@with_settings
+def pretrain(
+    *,
+    domain: DomainName = "digits-rotation",
+    phi: Annotated[Path | None, typer.Option(help="Use the φ that this run learned, frozen")] = None,
+    epochs: Epochs = None,
+    device: Device = "auto",
+    data: Data = Path("data"),
+    out: Out = None,
+    resume: Resume = None,
+    json: Json = False,
+    given,
+):
+    """Pre-train with φ fixed: the baseline, or with --phi at what a run has learned."""
+    train("pretrain", domain, given, epochs, device, data, out, resume, json, phi)
+
+
+@app.command()
+@with_settings
+def meta(
+    *,
+    domain: DomainName = "digits-rotation",
+    epochs: Epochs = None,
+    device: Device = "auto",
+    data: Data = Path("data"),
+    out: Out = None,
+    resume: Resume = None,
+    json: Json = False,
+    given,
+):
+    """Learn φ while pre-training (algorithm 1), then compare what it is worth."""
+    train("meta", domain, given, epochs, device, data, out, resume, json)
+
+
+def train(command, domain_name, given, epochs, device, data, out, resume, as_json, phi=None):
+    """`pretrain` and `meta` from the command line to the summary."""
+    console = rich.console.Console(stderr=as_json)
+    begun = time.perf_counter()
+    device = pick_device(device)
+    if resume is not None:
+        if out is not None or epochs is not None or phi is not None:
+            raise BadInput("--resume goes on with a run as it was started: --out, --epochs and --phi do not go with it")
+        run = Run.open(resume)
+        config = run.config()
+        if config["command"] != command:
+            raise BadInput(f"{resume} is a run of {config['command']}: resume it with that command")
+        domain_name, settings = config["domain"], config["settings"]
+        for name, value in given.items():
+            if value != getattr(settings, name):
+                raise BadInput(
+                    f"--{name.replace('_', '-')} {value} is not what {resume} was started with: {getattr(settings, name)}"
+                )
+        phi = Path(config["phi"]) if config["phi"] else None
+        domain = make_domain(domain_name, settings, device, data)
+    else:
+        settings = settings_of(domain_name, given)
+        domain = make_domain(domain_name, settings, device, data)
+        if epochs is not None:
+            if "steps" in given or epochs < 1:
+                raise BadInput("--epochs takes 1 or more, and does not go with --steps")
+            each = max(1, domain.sizes["pretrain"] // settings.batch_size)
+            settings = domain.settings = dataclasses.replace(settings, steps=epochs * each)
+    state = Run.open(phi).checkpoint(domain_name)["phi"] if phi is not None else None
+    try:
+        training = Training(domain, settings, command == "meta", state)
+    except RuntimeError as error:
+        raise BadInput(f"{phi}: its φ does not fit {domain_name}: {str(error).splitlines()[0]}") from None
+    if resume is None:
+        config = {"format": FORMAT, "command": command, "domain": domain_name, "phi": str(phi) if phi else None,
+                  "device": str(device), "torch": torch.__version__, "settings": dataclasses.asdict(settings)}  # fmt: skip
+        run = Run.create(out, f"{command}-{domain_name}", config)
+    elif (run.folder / "checkpoint.pt").exists():
+        run.restore(training, domain_name)
+        console.print(f"going on at PT step {training.step} of {settings.steps}")
+    elif run.metrics.exists():
+        os.truncate(run.metrics, 0)
+
+    follow(training, run, domain_name, console)
+    learner, learned = training.best, training.best.learned()
+    summary = {
+        "command": command, "domain": domain_name, "seed": settings.seed, "device": str(device),
+        "seconds": 0.0, "training_seconds": training.seconds, "pt_steps": training.step,
+        "meta_steps": learner.meta_steps, "skipped_meta_steps": learner.skipped,
+        "validation_loss": validation_loss(domain, learner),
+        "phi": {name: describe(p) for name, p in _detached(learned).items()}, **domain.facts(learned),
+    }  # fmt: skip
+    summary["phi"] |= {name: value for name, value in domain.measure(learned).items() if name in summary["phi"]}
+
+    def afresh(state, seed):
+        plain = dataclasses.replace(settings, seed=seed, particles="1", rounds="1")
+        return Training(domain, plain, learn=False, phi=state).run().best.network
+
+    def untrained(seed):
+        torch.manual_seed(seed)
+        return domain.network()
+
+    methods = {"no_pretraining": untrained}
+    if command == "meta":
+        methods["default_phi"] = lambda seed: afresh(None, seed)
+        methods["learned_phi"] = lambda seed: afresh(learned.state_dict(), seed)
+        methods["online"] = lambda seed: learner.network
+    else:
+        methods["learned_phi" if phi else "default_phi"] = lambda seed: learner.network
+    if settings.compare:
+        with progress_bar(console, "comparison", settings.compare * len(methods)) as bar:
+            results = compare(domain, methods, domain.finetune_sizes, settings.compare, "head", settings.finetune_lr,
+                              settings.finetune_steps, bar)  # fmt: skip
+        summary["comparison"] = comparison_rows(domain, results)
+    summary["seconds"] = time.perf_counter() - begun
+    save_json(run.folder / "summary.json", summary)
+
+    history = run.history()
+    plot_losses(history, learner.number, run.folder)
+    if command == "meta" and any(name in PHI_AXES for row in history for name in row):
+        plot_phi(history, learner.number, run.folder)
+    domain.figures(learned, run.folder)
+    if settings.compare:
+        plot_comparison(summary["comparison"], run.folder / "comparison.png")
+        show_comparison(console, summary["comparison"])
+    for name, value in {**domain.measure(learned), **domain.facts(learned)}.items():
+        console.print(f"{name.replace('_', ' ')}: {value:.4g}" if value is not None else "")
+    if learner.skipped:
+        console.print(f"{learner.skipped} meta steps were skipped: their hypergradient was not finite")
+    finish(console, run, summary, as_json)
+
+
+def follow(training: Training, run: Run, domain_name: str, console) -> None:
+    """Runs a training with a progress bar, metrics and checkpoints; Ctrl-C saves one and says how to go on."""
+    settings, stopped = training.settings, []
+    if training.step >= settings.steps:
+        return
+    handlers = {
+        number: signal.signal(number, lambda *_: stopped.append(True)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    label = "learning φ" if training.learn else "pre-training"
+    try:
+        with progress_bar(console, label, settings.steps) as bar, run.metrics.open("a") as file:
+
+            def each(training):
+                for learner in training.learners:
+                    row = {"step": training.step, "particle": learner.number, "skipped": learner.skipped}
+                    row |= {name: finite_or_none(value) for name, value in learner.losses.items()}
+                    row |= training.domain.measure(learner.learned() if training.learn else learner.meta)
+                    file.write(json.dumps(row) + "\n")
+                file.flush()
+                values = {**training.domain.measure(training.best.meta), **training.best.losses}
+                status = "  ".join(
+                    f"{SHORT[name]} {float(value):.3g}" for name, value in values.items() if name in SHORT
+                )
+                bar(training.step, status)
+                if stopped:
+                    run.save(training, domain_name)
+                    command = "meta" if training.learn else "pretrain"
+                    raise Failed(
+                        f"stopped at PT step {training.step}; go on with: python metapt.py {command} --resume {run.folder}"
+                    )
+
+            training.run(each, lambda training: run.save(training, domain_name))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+SHORT = {"rotation_mean_deg": "φ °", "clean_to_noisy_weight_ratio": "clean/noisy", "pretrain_loss": "L_PT",
+         "finetune_loss": "L_FT", "validation_loss": "L_V"}  # fmt: skip
+
+
+@contextlib.contextmanager
+def progress_bar(console, label: str, total: int):
+    """A bar with rate and time left; it yields a function of (steps done or None for one more, what to show beside)."""
+    columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(bar_width=20),
+               rich.progress.MofNCompleteColumn(), rich.progress.TextColumn("{task.fields[rate]}"),
+               rich.progress.TimeRemainingColumn(), rich.progress.TextColumn("{task.fields[status]}"))  # fmt: skip
+    with rich.progress.Progress(*columns, console=console) as bars:
+        task = bars.add_task(label, total=total, status="", rate="")
+
+        def advance(done: int | None = None, status: str = "") -> None:
+            bars.update(task, completed=done, advance=1 if done is None else None, status=status)
+            speed = bars.tasks[task].speed
+            bars.update(task, rate=f"{speed:.3g}/s" if speed else "")
+
+        yield advance
+
+
+def finite_or_none(value) -> float | None:
+    return float(value) if math.isfinite(value) else None  # NaN is no JSON
+
+
+def validation_loss(domain: Domain, learner: Learner) -> float:
+    """L_V over the whole validation part, with the θ and ψ that the run ended with."""
+    index = torch.arange(domain.sizes["validation"], device=next(learner.network.parameters()).device)
+    with torch.no_grad():
+        loss = domain.finetune_loss(learner.network, learner.head, "validation", index)
+        return loss(_detached(learner.network), learner.psi).item()
+
+
+def describe(tensor: Tensor):
+    if tensor.numel() == 1:
+        return tensor.item()
+    return {
+        "shape": list(tensor.shape),
+        "mean": tensor.mean().item(),
+        "min": tensor.min().item(),
+        "max": tensor.max().item(),
+    }
+
+
+def finish(console, run: Run, summary: dict, as_json: bool) -> None:
+    """Says where everything is, and prints the summary where that was asked for."""
+    names = ", ".join(sorted(path.name for path in run.folder.iterdir()))
+    console.print(f"{summary['seconds']:.0f} s; {run.folder}: {names}", highlight=False)
+    if as_json:
+        print(json.dumps(summary))
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadInput(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise BadInput(f"--device {name}: there is no such GPU here")
+    return device
+
+
+class Subject(NamedTuple):
+    """A pre-trained encoder to be measured, and what it belongs to."""
+
+    method: str
+    domain_name: str
+    settings: Settings
+    domain: Domain
+    network: Network
+    run: Run | None  # None: a plain encoder file
+
+
+def load_subject(path: Path, domain_name: str | None, device: torch.device, data: Path) -> Subject:
+    """An encoder from a run, or from a file with the `state_dict` of one."""
+    if path.is_dir():
+        run = Run.open(path)
+        config = run.config()
+        if domain_name is not None and config["domain"] != domain_name:
+            raise BadInput(f"{path} is of the domain {config['domain']}, not {domain_name}")
+        domain_name, settings = config["domain"], config["settings"]
+        method = "online" if config["command"] == "meta" else "learned_phi" if config["phi"] else "default_phi"
+        domain = make_domain(domain_name, settings, device, data)
+        content = run.checkpoint(domain_name)
+        try:
+            module, state = domain.network(), content["learners"][0]["network"]
+        except (KeyError, IndexError, TypeError):
+            raise BadInput(f"{path / 'checkpoint.pt'} holds no encoder") from None
+    else:
+        if domain_name is None and path.exists():
+            raise BadInput(f"{path} is a plain file: name its --domain")
+        state, run, method = load_tensors(path), None, path.stem
+        settings = settings_of(domain_name or "digits-rotation", {})
+        domain = make_domain(domain_name, settings, device, data)
+        module = domain.network()
+    try:
+        (module if run else module.encoder).load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"{path} holds no encoder of {domain_name}: {str(error).strip().splitlines()[-1].strip()[:160]}"
+        ) from None
+    return Subject(method, domain_name, settings, domain, module, run)
+
+
+def parse_sizes(text: str | None, domain: Domain) -> list[int]:
+    if text is None:
+        return list(domain.finetune_sizes)
+    try:
+        sizes = sorted({int(n) for n in text.split(",")})
+    except ValueError:
+        raise BadInput(f"--sizes is {text!r}, expected numbers such as 30,100,300") from None
+    if sizes[0] < 1 or sizes[-1] > domain.sizes["finetune"]:
+        raise BadInput(
+            f"--sizes is {text!r}, expected between 1 and the {domain.sizes['finetune']} FT examples there are"
+        )
+    return sizes
+
+
+def check_scope(scope: str, lr: float | None) -> float:
+    if scope not in ("head", "all"):
+        raise BadInput(f"--scope is {scope!r}, expected head or all")
+    if lr is not None and not lr > 0:
+        raise BadInput(f"--lr is {lr}, expected a positive number")
+    return lr or {"head": 1e-2, "all": 1e-3}[scope]
+
+
+@app.command(name="finetune")
+def finetune_command(
+    run: Annotated[Path, typer.Argument(help="A run, or a file with an encoder's state_dict")],
+    domain: Annotated[str | None, typer.Option(help="The domain of a plain encoder file")] = None,
+    sizes: Sizes = None,
+    seeds: Seeds = 5,
+    scope: Scope = "head",
+    lr: Rate = None,
+    steps: FtSteps = 500,
+    export: Annotated[Path | None, typer.Option(help="Also write the encoder's state_dict to this file")] = None,
+    device: Device = "auto",
+    data: Data = Path("data"),
+    out: Out = None,
+    json: Json = False,
+):
+    """Fine-tune from a run's encoder, over seeds and FT-set sizes, beside an encoder without pre-training."""
+    measure_runs("finetune", [run], domain, sizes, seeds, scope, lr, steps, device, data, out, json, export=export)
+
+
+@app.command(name="eval")
+def eval_command(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Runs of one domain; the first is what the others are compared to")
+    ],
+    domain: Annotated[str | None, typer.Option(help="The domain of plain encoder files")] = None,
+    sizes: Sizes = None,
+    seeds: Seeds = 5,
+    scope: Scope = "head",
+    lr: Rate = None,
+    steps: FtSteps = 500,
+    random_phi: Annotated[
+        int,
+        typer.Option(
+            help="Also PT with this many random φ, best by validation; −1: as many as cost what the first meta run did"
+        ),
+    ] = 0,
+    device: Device = "auto",
+    data: Data = Path("data"),
+    out: Out = None,
+    json: Json = False,
+):
+    """Test metrics of runs side by side, paired by seed, with differences and their 95 % intervals."""
+    measure_runs("eval", runs, domain, sizes, seeds, scope, lr, steps, device, data, out, json, random_phi=random_phi)
+
+
+def measure_runs(
+    command, paths, domain_name, sizes, seeds, scope, lr, steps, device, data, out, as_json, export=None, random_phi=0
+):
+    """`finetune` and `eval` from the command line to the summary."""
+    console, begun, device = rich.console.Console(stderr=as_json), time.perf_counter(), pick_device(device)
+    lr = check_scope(scope, lr)
+    subjects = [load_subject(path, domain_name, device, data) for path in paths]
+    first = subjects[0]
+    for path, subject in zip(paths, subjects, strict=True):
+        if subject.domain_name != first.domain_name:
+            raise BadInput(f"{path} is of the domain {subject.domain_name}, {paths[0]} of {first.domain_name}")
+        if subject.settings.seed != first.settings.seed or subject.settings.noise != first.settings.noise:
+            raise BadInput(
+                f"{path} has other data than {paths[0]}: runs with the same --seed and --noise can be compared"
+            )
+    domain, sizes = first.domain, parse_sizes(sizes, first.domain)
+    if export is not None:
+        state = first.network.encoder.state_dict()
+        save_whole(export, lambda file: torch.save(state, file))
+
+    def untrained(seed):
+        torch.manual_seed(seed)
+        return domain.network()
+
+    methods = {}
+    for path, subject in zip(paths, subjects, strict=True):
+        alone = [s.method for s in subjects].count(subject.method) == 1
+        methods[subject.method if alone else path.name] = lambda seed, network=subject.network: network
+    methods["no_pretraining"] = untrained
+    candidates = draw_random_phi(first, random_phi, console) if random_phi else []
+    named = {**methods, **{f"random {i}": lambda seed, network=n: network for i, n in enumerate(candidates)}}
+    config = {"format": FORMAT, "command": command, "domain": first.domain_name, "runs": [str(path) for path in paths],
+              "sizes": sizes, "seeds": seeds, "scope": scope, "lr": lr, "epochs": epochs}  # fmt: skip
+    run = Run.create(out, f"{command}-{first.domain_name}", config)
+    with progress_bar(console, "fine-tuning", seeds * len(named)) as bar:
+        results = compare(domain, named, sizes, seeds, scope, lr, steps, bar)
+    if candidates:  # each FT takes the candidate that its own validation labels prefer
+        methods["random_phi"] = None
+        for n in sizes:
+            outcomes = zip(*(results.pop((f"random {i}", n)) for i in range(len(candidates))), strict=True)
+            results["random_phi", n] = [min(o, key=lambda outcome: outcome.validation_loss) for o in outcomes]
+    summary = {"command": command, "domain": first.domain_name, "seed": first.settings.seed, "device": str(device),
+               "seconds": 0.0, "comparison": comparison_rows(domain, results)}  # fmt: skip
+    if candidates:
+        summary["random_phi_draws"] = len(candidates)
+    if command == "eval":
+        summary["differences"] = differences(results, list(methods), sizes)
+    summary["seconds"] = time.perf_counter() - begun
+    save_json(run.folder / "summary.json", summary)
+    plot_comparison(summary["comparison"], run.folder / "comparison.png")
+    show_comparison(console, summary["comparison"])
+    if summary.get("differences"):
+        show_differences(console, summary["differences"])
+    finish(console, run, summary, as_json)
+
+
+def draw_random_phi(subject: Subject, number: int, console) -> list[Network]:
+    """Encoders of PT afresh with φ drawn at random: what the same compute buys without gradients."""
+    if subject.run is None:
+        raise BadInput("--random-phi needs a run: a plain encoder file does not say how it was trained")
+    plain = dataclasses.replace(subject.settings, particles="1", rounds="1")
+    networks, spent = [], 0.0
+    allowed = subject.run.checkpoint(subject.domain_name)["seconds"] if number < 0 else math.inf
+    with progress_bar(console, "random φ", number if number > 0 else int(allowed) + 1) as bar:
+        while spent < allowed and (number < 0 or len(networks) < number):
+            torch.manual_seed(plain.seed + 1 + len(networks))
+            phi = subject.domain.random_meta().state_dict()
+            training = Training(subject.domain, plain, learn=False, phi=phi).run()
+            networks.append(training.best.network)
+            spent += training.seconds
+            bar(len(networks) if number > 0 else int(spent))
+    return networks
+
+
+def main() -> None:
+    """Runs a command; what the user can mend is one line and exit status 2, what they cannot is 1."""
+    usage_error = typer.BadParameter.__mro__[1]
+    try:
+        sys.exit(typer.main.get_command(app).main(standalone_mode=False) or 0)
+    except usage_error as error:
+        print(f"metapt: {' '.join(error.format_message().split())}", file=sys.stderr)
+        sys.exit(2)
+    except BadInput as error:
+        print(f"metapt: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (Failed, KeyboardInterrupt, typer.Abort) as error:
+        print(f"metapt: {str(error) or 'stopped'}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
