@@ -2245,7 +2245,7 @@ def measure_runs(
     candidates = draw_random_phi(first, random_phi, console) if random_phi else []
     named = {**methods, **{f"random {i}": lambda seed, network=n: network for i, n in enumerate(candidates)}}
     config = {"format": FORMAT, "command": command, "domain": first.domain_name, "runs": [str(path) for path in paths],
-              "sizes": sizes, "seeds": seeds, "scope": scope, "lr": lr, "epochs": epochs}  # fmt: skip
+              "sizes": sizes, "seeds": seeds, "scope": scope, "lr": lr, "steps": steps}  # fmt: skip
     run = Run.create(out, f"{command}-{first.domain_name}", config)
     with progress_bar(console, "fine-tuning", seeds * len(named)) as bar:
         results = compare(domain, named, sizes, seeds, scope, lr, steps, bar)
