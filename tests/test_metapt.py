@@ -1,0 +1,752 @@
+"""Sections 3 to 9 of metapt.py: data, the online loop, resuming, bad input, the commands, the project around them."""
+
+import contextlib
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import math
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import metapt
+
+ROOT = Path(metapt.__file__).resolve().parent
+MNIST = ROOT.parent / "shared" / "data" / "mnist"
+TINY = {
+    "digits-rotation": {
+        "steps": 60, "warmup": 12, "meta_every": 4, "compare": 1, "finetune_steps": 20, "particles": "3,1",
+        "rounds": "0.5,1", "checkpoint_every": 3, "meta_batch_size": 64, "kick_deg": 20.0,
+    },
+    "digits-noise": {
+        "steps": 41, "warmup": 10, "meta_every": 4, "compare": 1, "finetune_steps": 20, "solver": "cg", "terms": 2,
+        "damping": 1.0, "carry_q": True, "checkpoint_every": 2, "meta_batch_size": 64, "average": 0.5,
+    },
+}  # fmt: skip
+
+
+def options(given: dict) -> list[str]:
+    """A dict of settings as command-line arguments."""
+    out = []
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        out += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}={value}"]
+    return out
+
+
+def metapt_in(folder: Path, *arguments: str, **more) -> subprocess.CompletedProcess:
+    command = [sys.executable, metapt.__file__, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, check=False, cwd=folder, capture_output=True, text=True, env=environment, timeout=500, **more
+    )
+
+
+def refused(folder: Path, *arguments: str) -> str:
+    """Runs a command that must be refused: exit status 2, one line on standard error, which is returned."""
+    out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
+    os.chdir(folder)
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch("sys.argv", ["metapt.py", *map(str, arguments)]),
+            pytest.raises(SystemExit) as ended,
+        ):
+            metapt.main()
+    finally:
+        os.chdir(before)
+    assert ended.value.code == 2, err.getvalue()
+    assert len(err.getvalue().strip().splitlines()) == 1, err.getvalue()
+    assert out.getvalue().strip() == ""
+    return err.getvalue()
+
+
+def training(domain: str, learn: bool = True, **given) -> metapt.Training:
+    settings = metapt.settings_of(domain, {**TINY[domain], **given})
+    return metapt.Training(metapt.make_domain(domain, settings, torch.device("cpu"), Path("data")), settings, learn)
+
+
+def flat(params: dict) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in params.values()])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a small meta run of each domain; their standard output is kept beside."""
+    folder = tmp_path_factory.mktemp("runs")
+    for domain, given in TINY.items():
+        done = metapt_in(folder, "meta", domain, "--json", "--out", domain, *options(given))
+        assert done.returncode == 0, done.stderr
+        (folder / f"{domain}.out").write_text(done.stdout)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meta-parameters and data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quarters", [-1, 0, 1, 2, 5])
+def test_rotation_by_quarter_turns_is_rot90(quarters):
+    images = torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    turned = metapt.rotate(images, torch.full((2,), 90.0 * quarters, dtype=torch.float64))
+    torch.testing.assert_close(turned, torch.rot90(images, quarters, (2, 3)))
+
+
+def test_rotation_is_differentiable_in_degrees():
+    images = torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    weight = torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    degrees = torch.tensor([12.3, -77.7, 141.1], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad((weight * metapt.rotate(images, degrees)).sum(), degrees)
+    for i in range(3):
+        step = torch.zeros(3, dtype=torch.float64)
+        step[i] = 1e-5
+        ahead, behind = ((weight * metapt.rotate(images, degrees.detach() + s * step)).sum() for s in (1, -1))
+        assert gradient[i].item() == pytest.approx((ahead - behind).item() / 2e-5, rel=1e-5)
+
+
+def test_example_weights_depend_on_image_and_label():
+    torch.manual_seed(0)
+    meta = metapt.ExampleWeights(64, 10, 16)
+    images, labels = torch.rand(5, 1, 8, 8), torch.arange(5)
+    weights = meta(images, labels)
+    assert weights.shape == (5,)
+    assert ((weights > 0) & (weights < 1)).all()
+    assert (meta(images, (labels + 1) % 10) != weights).all()
+    assert (meta(images.flip(0), labels) != weights)[torch.tensor([0, 1, 3, 4])].all()
+
+
+def test_call_keeps_buffers_unless_they_are_live():
+    module = nn.BatchNorm1d(3)
+    before = module.running_mean.clone()
+    params = dict(module.named_parameters())
+    metapt.call(module, params, torch.randn(8, 3) + 5, train=True)
+    assert torch.equal(module.running_mean, before)
+    metapt.call(module, params, torch.randn(8, 3) + 5, train=True, live=True)
+    assert not torch.equal(module.running_mean, before)
+
+
+def test_digits_are_split_into_stratified_disjoint_parts():
+    from sklearn.datasets import load_digits
+
+    images = metapt.load_images("digits", Path(), seed=3)
+    assert {part: len(labels) for part, labels in images.labels.items()} == {
+        "pretrain": 1000, "finetune": 300, "validation": 250, "test": 247}  # fmt: skip
+    together = sorted(bytes(x.numpy()) for pixels in images.pixels.values() for x in pixels)
+    assert together == sorted(bytes(x.astype(np.uint8)) for x in load_digits().images)
+    for labels in images.labels.values():
+        assert (labels.bincount(minlength=10) - len(labels) / 10).abs().max() <= 0.02 * len(labels) + 1
+    again, other = (metapt.load_images("digits", Path(), seed) for seed in (3, 4))
+    assert torch.equal(again.pixels["test"], images.pixels["test"])
+    assert not torch.equal(other.pixels["test"], images.pixels["test"])
+
+
+def test_noise_spoils_the_stated_share_of_pretraining_labels_alone():
+    made = training("digits-noise", noise=0.3).domain
+    clean = metapt.load_images("digits", Path(), 0).labels
+    assert made.noisy.sum() == 300
+    assert torch.equal(made.labels["pretrain"] != clean["pretrain"], made.noisy)
+    for part in ("finetune", "validation", "test"):
+        assert torch.equal(made.labels[part], clean[part])
+
+
+def test_no_loss_reads_the_noise_flags():
+    run = training("digits-noise")
+    run.domain.noisy = None
+    run.best.pretrain_step(0.0)
+    run.best.meta_step(0.0)
+    assert run.best.meta_steps == 1
+
+
+def test_finetuning_images_are_rotated_by_about_ninety_degrees():
+    made = training("digits-rotation").domain
+    upright = metapt.load_images("digits", Path(), 0).pixels
+    for part in ("finetune", "validation", "test"):
+        error = (made.pixels[part] - torch.rot90(upright[part].float(), 1, (2, 3))).abs().mean()
+        assert 0 < error < 0.5  # of 16 grey levels: N(90°, 1°) is not quite 90°
+    assert torch.equal(made.pixels["pretrain"], upright["pretrain"])
+
+
+@pytest.mark.skipif(not MNIST.is_dir(), reason="needs the MNIST files")
+def test_mnist_is_taken_from_a_folder_and_split(tmp_path):
+    assert metapt_in(tmp_path, "download", "mnist", "--from", MNIST).returncode == 0
+    images = metapt.load_images("mnist", tmp_path / "data", 0)
+    assert [len(images.labels[part]) for part in ("pretrain", "finetune", "validation", "test")] == [
+        50_000, 1000, 1000, 10_000]  # fmt: skip
+
+
+def idx(shape, values=None, magic=b"\0\0\x08") -> bytes:
+    content = bytes(math.prod(shape)) if values is None else values
+    return gzip.compress(magic + bytes([len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "missing"),
+        (b"plain text", "gzip"),
+        (idx((3, 2, 2))[:-12], "gzip"),
+        (idx((3, 2, 2), magic=b"\0\0\x0d"), "header"),
+        (idx((3, 2, 2), values=bytes(11)), "header says"),
+        (gzip.compress(b"\0\0\x08\x03\0"), "header"),
+    ],
+)
+def test_bad_idx_files_are_named(tmp_path, content, message):
+    path = tmp_path / "file.gz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(metapt.BadInput, match=message) as caught:
+        metapt.read_idx(path)
+    assert str(path) in str(caught.value)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT with ranges; `faults` is consumed request by request: 503, "cut" half-way, or None."""
+
+    CONTENT = np.random.default_rng(0).bytes(300_000)
+    faults: list = []  # noqa: RUF012
+    ranges: list = []  # noqa: RUF012
+
+    def do_GET(self):
+        fault = self.faults.pop(0) if self.faults else None
+        if isinstance(fault, int):
+            return self.send_error(fault)
+        content, begin = self.CONTENT, 0
+        if fault == "wrong byte":
+            content = b"?" + content[1:]
+        elif fault == "short":
+            content = content[:-10]
+        asked = self.headers.get("Range")
+        self.ranges.append(asked)
+        if asked:
+            begin = int(re.fullmatch(r"bytes=(\d+)-", asked).group(1))
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(content) - begin))
+        self.end_headers()
+        self.wfile.write(content[begin : begin + 100_000] if fault == "cut" else content[begin:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(metapt.time, "sleep", lambda seconds: None)
+    Server.faults, Server.ranges = [], []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/file"
+        running.shutdown()
+
+
+def fetch(url, path, content=Server.CONTENT):
+    metapt.fetch(url, path, hashlib.sha256(content).hexdigest(), lambda done, total: None)
+
+
+def test_fetch_goes_on_after_cuts_and_refusals(server, tmp_path):
+    Server.faults = [503, "cut", "cut"]
+    fetch(server, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == Server.CONTENT
+    assert Server.ranges == [None, "bytes=100000-", "bytes=200000-"]
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    fetch(server, tmp_path / "file")  # it is there and right: nothing is asked
+    assert len(Server.ranges) == 3
+
+
+@pytest.mark.parametrize(("fault", "message"), [("wrong byte", "SHA-256"), ("short", "SHA-256"), (404, "404")])
+def test_fetch_gives_no_name_to_what_is_wrong(server, tmp_path, fault, message):
+    Server.faults = [fault]
+    with pytest.raises(metapt.BadInput, match=message):
+        fetch(server, tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fetch_gives_up_in_the_end(server, tmp_path):
+    Server.faults = [503] * 9
+    with pytest.raises(metapt.BadInput, match="5 tries"):
+        fetch(server, tmp_path / "file")
+
+
+def test_adopt_keeps_what_is_there_when_the_source_is_wrong(tmp_path):
+    (tmp_path / "there").write_bytes(b"good")
+    (tmp_path / "source").write_bytes(b"bad")
+    for source in ("source", "nothing"):
+        with pytest.raises(metapt.BadInput, match=source):
+            metapt.adopt(tmp_path / source, tmp_path / "there", hashlib.sha256(b"good").hexdigest())
+    assert (tmp_path / "there").read_bytes() == b"good"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The online loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "warmup", "every"), [(40, 10, 10), (41, 10, 4), (7, 7, 3), (12, 0, 5)])
+def test_steps_are_counted_as_asked(monkeypatch, steps, warmup, every):
+    calls = {"pretrain": [], "meta": []}
+    monkeypatch.setattr(metapt.Learner, "pretrain_step", lambda self, progress: calls["pretrain"].append(progress))
+    monkeypatch.setattr(metapt.Learner, "meta_step", lambda self, progress: calls["meta"].append(progress))
+    run = training("digits-noise", steps=steps, warmup=warmup, meta_every=every)
+    run.best.losses["pretrain_loss"] = 1.0
+    marks = []
+    run.run(each=lambda training: marks.append(training.step))
+    assert len(calls["pretrain"]) == steps == marks[-1]
+    assert len(calls["meta"]) == (steps - warmup) // every
+    assert all(0 <= progress <= 1 for progress in calls["pretrain"] + calls["meta"])
+
+
+def test_pretraining_is_the_same_loop_with_phi_fixed():
+    theta, phi = [], []
+    for learn in (False, True):
+        run = training("digits-noise", learn, steps=23, warmup=20, meta_every=3)
+        run.run(each=lambda run: (theta.append(flat(dict(run.best.network.named_parameters()))),
+                                  phi.append(flat(dict(run.best.meta.named_parameters())))))  # fmt: skip
+    half = len(theta) // 2
+    assert all(torch.equal(a, b) for a, b in zip(theta[:half], theta[half:], strict=True))  # same steps on θ
+    assert torch.equal(phi[0], phi[half - 1])
+    assert torch.equal(phi[half], phi[-2])
+    assert not torch.equal(phi[-1], phi[-2])
+
+
+def test_meta_step_follows_the_gradient_of_the_validation_loss_after_one_pretraining_step():
+    """With q = v, −qᵀ∇²_θφ L_PT is the derivative of L_V after θ − ε ∇_θ L_PT(θ, φ), divided by ε: by differences."""
+    run = training("digits-noise", solver="identity", dropout=0.0, unroll_steps=0, carry_q=False)
+    made, learner = run.domain, run.best
+    for module in (learner.network, learner.head, learner.meta):
+        module.double()
+    made.inputs = lambda part, index: made.pixels[part][index].double() / made.scale
+    learner.psi = {name: p.double() for name, p in learner.psi.items()}
+    rows = torch.arange(64)
+    for stream in learner.streams.values():
+        stream.order, stream.position, stream.batch = torch.arange(64), 0, 64
+    theta, phi = metapt._detached(learner.network), metapt._detached(learner.meta)
+    validation = made.finetune_loss(learner.network, learner.head, "validation", rows)
+    torch.manual_seed(0)
+    direction = {name: torch.randn_like(p) for name, p in phi.items()}
+
+    def after_a_step(h, epsilon):
+        leaves = {name: p.clone().requires_grad_() for name, p in theta.items()}
+        moved = {name: p + h * direction[name] for name, p in phi.items()}
+        loss = made.pretrain_loss(learner.network, learner.meta, rows, 0.0)(leaves, moved)
+        gradient = torch.autograd.grad(loss, list(leaves.values()))
+        stepped = {name: p - epsilon * g for (name, p), g in zip(theta.items(), gradient, strict=True)}
+        return validation(stepped, learner.psi).item()
+
+    corners = {(h, e): after_a_step(h * 1e-5, e * 1e-5) for h in (1, -1) for e in (1, -1)}
+    truth = sum(h * e * value for (h, e), value in corners.items()) / 4e-10
+    seen = {}
+    learner.meta_optimizer.step = lambda: seen.update({name: p.grad for name, p in learner.meta.named_parameters()})
+    learner.meta_step(0.0)
+    found = sum((seen[name] * direction[name]).sum().item() for name in seen)
+    assert found == pytest.approx(truth, rel=1e-3)
+
+
+def test_a_non_finite_hypergradient_skips_the_meta_step(monkeypatch):
+    real, calls = metapt.hypergradient, []
+
+    def sometimes(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) in (2, 3):
+            raise FloatingPointError("phi is not finite")
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(metapt, "hypergradient", sometimes)
+    phi = {}
+    run = training("digits-noise")
+    run.run(each=lambda run: phi.update({len(calls): flat(dict(run.best.meta.named_parameters()))}))
+    assert run.best.skipped == 2
+    assert run.best.meta_steps == len(calls) - 2
+    assert [not torch.equal(phi[i], phi[i + 1]) for i in range(4)] == [True, False, False, True]
+
+
+def test_many_skipped_in_a_row_end_the_run(monkeypatch):
+    def never(*arguments, **keywords):
+        raise FloatingPointError("v is not finite")
+
+    monkeypatch.setattr(metapt, "hypergradient", never)
+    with pytest.raises(metapt.Failed, match="10 meta steps in a row.*v is not finite"):
+        training("digits-noise", steps=200).run()
+
+
+def test_a_pretraining_loss_that_is_not_finite_ends_the_run():
+    with pytest.raises(metapt.Failed, match="PT loss is not finite"):
+        training("digits-noise", lr=1e30).run()
+
+
+def test_particles_start_alike_and_the_better_ones_stay():
+    run = training("digits-rotation")
+    first, *others = run.learners
+    assert len(others) == 2
+    for other in others:
+        assert torch.equal(flat(dict(first.network.named_parameters())), flat(dict(other.network.named_parameters())))
+        assert first.meta.rotation_mean_deg.item() == other.meta.rotation_mean_deg.item()
+        assert other.optimizer.param_groups[0]["params"][0] is next(other.network.parameters())
+    numbers, means = [], []
+
+    def each(run):
+        numbers.append(len(run.learners))
+        means.append({learner.number: np.mean(learner.recent) for learner in run.learners if learner.recent})
+
+    run.run(each)
+    assert (numbers[0], numbers[-1]) == (3, 1)
+    last = means[numbers.index(1) - 1]  # before the meta step that ended the round
+    assert set(last) == {0, 1, 2}
+    assert len({round(value, 9) for value in last.values()}) == 3  # they have come apart
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def outcome(folder: Path) -> tuple:
+    summary = json.loads((folder / "summary.json").read_text())
+    for name in ("seconds", "training_seconds"):
+        del summary[name]
+    return summary, (folder / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("domain", TINY)
+def test_a_stopped_run_goes_on_to_the_same_end(domain, tmp_path):
+    """Stopped after every checkpoint there is, in turn, with metrics that run on past it."""
+    settings = metapt.settings_of(domain, TINY[domain])
+    made = metapt.make_domain(domain, settings, torch.device("cpu"), Path("data"))
+    whole = metapt.Training(made, settings, True).run()
+
+    class Stop(Exception):
+        pass
+
+    def save_and_stop(run):
+        (tmp_path / "metrics.jsonl").write_text("kept\n")
+        metapt.Run(tmp_path).save(run, domain)
+        (tmp_path / "metrics.jsonl").write_text("kept\nmore")
+        raise Stop
+
+    run, stops = metapt.Training(made, settings, True), 0
+    while True:
+        try:
+            run.run(at_checkpoint=save_and_stop)
+            break
+        except Stop:
+            stops += 1
+            torch.manual_seed(12345)
+            run = metapt.Training(made, settings, True)
+            metapt.Run(tmp_path).restore(run, domain)
+            assert (tmp_path / "metrics.jsonl").read_text() == "kept\n"
+    assert stops >= 3
+    for name in ("network", "meta"):
+        one, other = (flat(dict(getattr(r.best, name).named_parameters())) for r in (whole, run))
+        assert torch.equal(one, other)
+    assert torch.equal(flat(whole.best.psi), flat(run.best.psi))
+    assert torch.equal(
+        flat(dict(whole.best.learned().named_parameters())), flat(dict(run.best.learned().named_parameters()))
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path, runs):
+    given = {**TINY["digits-noise"], "checkpoint_every": 1000}
+    command = [
+        sys.executable,
+        metapt.__file__,
+        "meta",
+        "digits-noise",
+        "--out",
+        "run",
+        *options({**given, "steps": 4001}),
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "run" / "metrics.jsonl")
+    process.send_signal(number)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert len(message.strip().splitlines()) == 1
+    assert "--resume run" in message
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("domain", TINY)
+def test_killed_at_random_moments_it_still_ends_the_same(domain, tmp_path):
+    given = {**TINY[domain], "steps": 400, "checkpoint_every": 1}
+    assert metapt_in(tmp_path, "meta", domain, "--out", "whole", *options(given)).returncode == 0
+    random, kills = np.random.default_rng(0), 0
+    arguments = ["--out", "killed", *options(given)]
+    while kills < 10:
+        command = [sys.executable, metapt.__file__, "meta", domain, *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        )
+        wait_for(tmp_path / "killed" / "config.json")
+        time.sleep(random.uniform(0.5, 6.0) if kills else 5.0)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills, arguments = kills + 1, ["--resume", "killed"]
+    done = metapt_in(tmp_path, "meta", domain, "--resume", "killed")
+    assert done.returncode == 0, done.stderr
+    assert kills == 10
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+BAD_OPTIONS = {
+    "an unknown domain": ["meta", "digits-colour"],
+    "an unknown option": ["meta", "--colour=1"],
+    "an option of another domain": ["meta", "digits-rotation", "--noise=0.1"],
+    "an angle for the noise domain": ["meta", "digits-noise", "--init-deg=3"],
+    "no steps": ["meta", "--steps=0"],
+    "steps that are no number": ["meta", "--steps=many"],
+    "more warm-up than steps": ["meta", "--steps=10", "--warmup=20"],
+    "no such solver": ["meta", "--solver=magic"],
+    "no such device": ["meta", "--device=abacus"],
+    "particles that grow": ["meta", "--particles=1,3", "--rounds=0.5,1"],
+    "more particles than rounds": ["meta", "--particles=3,2,1", "--rounds=1"],
+    "an infinite angle": ["meta", "--init-deg=inf"],
+    "steps and epochs": ["meta", "--steps=10", "--epochs=1"],
+    "mnist that is not there": ["meta", "mnist-rotation"],
+    "a data set that is not there": ["download", "imagenet"],
+    "a folder without the files": ["download", "mnist", "--from=nowhere"],
+    "a run that is not there": ["meta", "--resume=nowhere"],
+    "an encoder that is not there": ["finetune", "nowhere.pt", "--domain=digits-noise"],
+    "phi that is not there": ["pretrain", "--phi=nowhere"],
+    "nothing to evaluate": ["eval"],
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options_give_one_line_and_status_two(name, tmp_path):
+    refused(tmp_path, *BAD_OPTIONS[name])
+    assert not (tmp_path / "runs").exists()
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hostile-was-here",)
+
+
+@pytest.mark.parametrize(
+    "kind", ["torn", "nearly whole", "empty", "hostile", "foreign", "another domain", "other networks"]
+)
+def test_bad_checkpoints_are_refused_and_kept(kind, runs, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for path in (runs / "digits-noise").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    path = folder / "checkpoint.pt"
+    whole = path.read_bytes()
+    if kind in ("torn", "nearly whole", "empty"):
+        path.write_bytes(whole[: {"torn": len(whole) // 2, "nearly whole": len(whole) - 50, "empty": 0}[kind]])
+    elif kind == "another domain":
+        path.write_bytes((runs / "digits-rotation" / "checkpoint.pt").read_bytes())
+    elif kind == "other networks":
+        content = torch.load(path, weights_only=True)
+        content["learners"][0]["network"]["head.weight"] = torch.zeros(3, 3)
+        torch.save(content, path)
+    else:
+        torch.save(
+            {"hostile": Hostile(), "foreign": {"weight": torch.ones(3)}}[kind] if kind == "foreign" else Hostile(), path
+        )
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for arguments in (
+        ["meta", "--resume", "run"],
+        ["finetune", "run"],
+        ["eval", "run"],
+        ["pretrain", "digits-noise", "--phi", "run"],
+    ):
+        if kind == "other networks" and arguments[0] == "pretrain":
+            continue  # its φ is whole
+        assert "run" in refused(tmp_path, *arguments)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert not (tmp_path / "hostile-was-here").exists()
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"format": "metapt 1", "command": "meta", "domain": "x"}'])
+def test_bad_configs_are_refused(content, runs, tmp_path):
+    (tmp_path / "run").mkdir()
+    if content is not None:
+        (tmp_path / "run" / "config.json").write_text(content)
+    assert "config.json" in refused(tmp_path, "meta", "--resume", "run")
+
+
+def test_other_refusals(runs, tmp_path):
+    assert "--lr" in refused(runs, "meta", "--resume", "digits-noise", "--lr=0.5")
+    assert "run of meta" in refused(runs, "pretrain", "--resume", "digits-noise")
+    assert "not empty" in refused(runs, "meta", "--out", "digits-noise", "--steps=5", "--warmup=0")
+    assert "domain" in refused(runs, "eval", "digits-noise", "digits-rotation")
+    assert "domain" in refused(runs, "pretrain", "digits-rotation", "--phi", "digits-noise")
+    assert "--sizes" in refused(runs, "finetune", "digits-noise", "--sizes=301")
+    assert "--sizes" in refused(runs, "finetune", "digits-noise", "--sizes=ten")
+    assert "--scope" in refused(runs, "finetune", "digits-noise", "--scope=tail")
+    torch.save({"weight": torch.ones(3)}, tmp_path / "encoder.pt")
+    assert "--domain" in refused(tmp_path, "finetune", "encoder.pt")
+    assert "no encoder" in refused(tmp_path, "finetune", "encoder.pt", "--domain=digits-noise")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands, end to end
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("domain", TINY)
+def test_meta_prints_and_leaves_what_the_design_lists(domain, runs):
+    summary = json.loads((runs / f"{domain}.out").read_text())  # one JSON object and nothing else
+    folder = runs / domain
+    assert summary == json.loads((folder / "summary.json").read_text())
+    wanted = {"command", "domain", "seed", "device", "seconds", "pt_steps", "meta_steps", "skipped_meta_steps",
+              "validation_loss", "phi", "comparison"}  # fmt: skip
+    assert wanted <= set(summary)
+    assert summary["pt_steps"] == TINY[domain]["steps"]
+    assert {row["method"] for row in summary["comparison"]} == {
+        "no_pretraining",
+        "default_phi",
+        "learned_phi",
+        "online",
+    }
+    assert all(0 <= row["mean"] <= 1 and row["seeds"] == 1 for row in summary["comparison"])
+    if domain == "digits-rotation":
+        assert -180 <= summary["phi"]["rotation_mean_deg"] < 180
+    else:
+        assert summary["clean_to_noisy_weight_ratio"] > 0
+        assert set(summary["phi"]["scores.1.weight"]) == {"shape", "mean", "min", "max"}
+    figures = {"phi.png", "losses.png", "comparison.png"} | ({"weights.png"} if domain == "digits-noise" else set())
+    assert {p.name for p in folder.iterdir()} == figures | {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        "summary.json",
+    }
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == TINY[domain]["steps"]
+
+
+def test_same_command_same_numbers_and_learned_phi_frozen(runs, tmp_path):
+    given = TINY["digits-rotation"]
+    assert metapt_in(tmp_path, "meta", "--out", "again", *options(given)).returncode == 0
+    assert outcome(tmp_path / "again") == outcome(runs / "digits-rotation")
+    learned = outcome(runs / "digits-rotation")[0]["phi"]["rotation_mean_deg"]
+    done = metapt_in(tmp_path, "pretrain", "--phi", "again", "--out", "frozen", "--json", *options(given))
+    summary = json.loads(done.stdout)
+    assert summary["phi"]["rotation_mean_deg"] == learned
+    assert summary["meta_steps"] == 0
+    assert [row["method"] for row in summary["comparison"][::3]] == ["no_pretraining", "learned_phi"]
+
+
+def test_finetune_exports_an_encoder_that_it_takes_back(runs, tmp_path):
+    common = ["--seeds=2", "--steps=20", "--sizes=30,60", "--json"]
+    one = metapt_in(tmp_path, "finetune", runs / "digits-noise", "--export", "encoder.pt", *common)
+    assert one.returncode == 0, one.stderr
+    other = metapt_in(tmp_path, "finetune", "encoder.pt", "--domain=digits-noise", *common)
+    rows, again = (json.loads(done.stdout)["comparison"] for done in (one, other))
+    assert [row["mean"] for row in rows] == [row["mean"] for row in again]
+    assert [(row["method"], row["ft_examples"]) for row in rows] == [
+        ("online", 30), ("online", 60), ("no_pretraining", 30), ("no_pretraining", 60)]  # fmt: skip
+    every = metapt_in(tmp_path, "finetune", runs / "digits-noise", "--scope=all", "--lr=0.01", *common)
+    assert json.loads(every.stdout)["comparison"] != rows
+
+
+def test_eval_pairs_runs_by_seed(runs):
+    given = {k: v for k, v in TINY["digits-noise"].items() if k != "carry_q"}
+    assert metapt_in(runs, "pretrain", "digits-noise", "--out", "baseline", *options(given)).returncode == 0
+    common = ["--seeds=4", "--steps=20", "--sizes=60"]
+    done = metapt_in(runs, "eval", "baseline", "digits-noise", "--random-phi=2", "--json", *common)
+    summary = json.loads(done.stdout)
+    assert [row["method"] for row in summary["comparison"]] == ["default_phi", "online", "no_pretraining", "random_phi"]
+    settings = metapt.settings_of("digits-noise", TINY["digits-noise"])
+    made = metapt.make_domain("digits-noise", settings, torch.device("cpu"), Path("data"))
+    scores = {}
+    for name in ("baseline", "digits-noise"):
+        network = metapt.load_subject(runs / name, None, torch.device("cpu"), Path("data")).network
+        scores[name] = np.array([metapt.finetune(made, network, 60, seed, "head", 1e-2, 20).score for seed in range(4)])
+    d = scores["digits-noise"] - scores["baseline"]
+    half = 3.182446305284263 * d.std(ddof=1) / 2  # Student's t, 0.975, 3 degrees of freedom; √4
+    row = next(row for row in summary["differences"] if row["method"] == "online")
+    assert row["versus"] == "default_phi"
+    assert [row["mean"], row["low"], row["high"]] == pytest.approx([d.mean(), d.mean() - half, d.mean() + half])
+
+
+def test_finetune_leaves_the_encoder_as_it_was_and_keeps_to_its_examples():
+    made = training("digits-noise").domain
+    torch.manual_seed(0)
+    network = made.network()
+    before = flat(network.state_dict())
+    asked = []
+    real = made.inputs
+    made.inputs = lambda part, index: (asked.append((part, index)), real(part, index))[1]
+    metapt.finetune(made, network, 10, 0, "all", 1e-3, 5)
+    assert torch.equal(flat(network.state_dict()), before)
+    assert len(torch.cat([index for part, index in asked if part == "finetune"]).unique()) == 10
+
+
+@pytest.mark.parametrize("command", ["download", "pretrain", "meta", "finetune", "eval"])
+def test_help_tells_defaults(command, tmp_path):
+    done = metapt_in(tmp_path, command, "--help")
+    assert done.returncode == 0
+    assert "default" in done.stdout
+
+
+@pytest.mark.cuda
+def test_a_short_meta_run_on_cuda(tmp_path):
+    done = metapt_in(tmp_path, "meta", "--device=cuda", "--json", *options(TINY["digits-rotation"]))
+    assert json.loads(done.stdout)["device"] == "cuda"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The project around it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_script_metadata_agrees_with_the_requirements():
+    text = (ROOT / "metapt.py").read_text()
+    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", text, re.MULTILINE).group(1)
+    metadata = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+    requirements = (ROOT / "requirements.txt").read_text().split()
+    assert set(metadata["dependencies"]) < set(requirements)
+    assert "torch==2.13.0" in requirements
+    assert all(re.search("[<=]", line) for line in requirements)
+
+
+def test_readme_commands_and_example():
+    readme = (ROOT / "README.md").read_text()
+    for command in (
+        "pip install -r requirements.txt && python metapt.py meta",
+        "pip install -r requirements.txt && pytest",
+    ):
+        assert command in readme.splitlines()
+    for link in re.findall(r"\((bench/figures/[^)]+)\)", readme):
+        assert (ROOT / link).exists(), link
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(example.splitlines()) <= 27
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", example], check=False, capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
