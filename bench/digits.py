@@ -35,6 +35,7 @@ console = rich.console.Console()
 
 
 def learn(domain: str, given: dict) -> tuple[metapt.Domain, metapt.Training]:
+    metapt.one_thread(domain)
     settings = metapt.settings_of(domain, given)
     made = metapt.make_domain(domain, settings, metapt.pick_device("auto"), Path("data"))
     return made, metapt.Training(made, settings, learn=True).run()
