@@ -761,8 +761,9 @@ def load_images(source: str, data: Path, seed: int) -> Images:
         test = tuple(read_idx(data / "mnist" / f"t10k-{kind}") for kind in MNIST_KINDS)
         sizes, scale = (50_000, 1000, 1000), 255.0
         for name, (x, y) in {"train": (pixels, labels), "t10k": test}.items():
-            if len(x) != len(y) or x.ndim != 3 or y.ndim != 1 or y.max() > 9:
-                raise BadInput(f"{data / 'mnist'}: {name} images {x.shape} and labels {y.shape} do not fit each other")
+            count = 60_000 if name == "train" else 10_000
+            if x.shape != (count, 28, 28) or y.shape != (count,) or y.max() > 9:
+                raise BadInput(f"{data / 'mnist'}: {name} images {x.shape} and labels {y.shape} are not MNIST's")
     parts, rest = {}, np.arange(len(labels))
     for part, size in zip(("pretrain", "finetune", "validation"), sizes, strict=True):
         chosen, rest = train_test_split(rest, train_size=size, stratify=labels[rest], random_state=seed)

@@ -415,7 +415,9 @@ def test_meta_step_follows_the_gradient_of_the_validation_loss_after_one_pretrai
     direction = {name: torch.randn_like(p) for name, p in phi.items()}
 
     leaves = {name: p.clone().requires_grad_() for name, p in theta.items()}
-    v = torch.autograd.grad(validation(leaves, learner.psi), list(leaves.values()))
+    v = torch.autograd.grad(
+        validation(leaves, learner.psi), list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
 
     def slope(h):
         """d/dε of L_V(θ − ε ∇_θ L_PT(θ, φ + h·direction)) at ε = 0."""
