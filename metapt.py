@@ -931,7 +931,8 @@ class Settings:
             self._check(0 <= getattr(self, name) < 1, name, "at least 0 and less than 1")
         self._check(0 <= self.average <= 1, "average", "between 0 and 1")
         self._check(self.warmup <= self.steps, "warmup", f"at most the {self.steps} steps")
-        self._check(math.isfinite(self.init_deg), "init_deg", "a finite angle")
+        for name, value in dataclasses.asdict(self).items():
+            self._check(not isinstance(value, float) or math.isfinite(value), name, "a finite number")
         self._check(0 <= self.seed < 2**32, "seed", "between 0 and 2**32 - 1")
         self._check(not self.carry_q or self.solver in ("neumann", "cg"), "carry_q", "False with this --solver")
         self._check(self.solver != "nystrom" or self.damping > 0, "damping", "positive with --solver nystrom")
@@ -1450,6 +1451,8 @@ class Training:
         return state
 
     def load_state_dict(self, state: dict) -> None:
+        if not state["learners"]:
+            raise ValueError("it holds no learner")
         del self.learners[len(state["learners"]) :]
         for learner, saved in zip(self.learners, state["learners"], strict=True):
             learner.load_state_dict(saved)
@@ -1789,7 +1792,8 @@ def plot_losses(history: list[dict], survivor: int, folder: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), label=label, alpha=0.9)
         axis.set(xlabel="PT steps", ylabel="loss (nats)", yscale="log")
-        axis.legend()
+        if axis.lines:
+            axis.legend()
 
 
 def plot_comparison(rows: list[dict], path: Path) -> None:
@@ -2069,7 +2073,11 @@ def follow(training: Training, run: Run, domain_name: str, console) -> None:
                         f"stopped at PT step {training.step}; go on with: python metapt.py {command} --resume {run.folder}"
                     )
 
-            training.run(each, lambda training: run.save(training, domain_name))
+            def at_checkpoint(training):
+                os.fsync(file.fileno())  # the checkpoint says how many bytes of it there are
+                run.save(training, domain_name)
+
+            training.run(each, at_checkpoint)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -2206,8 +2214,8 @@ def parse_sizes(text: str | None, domain: Domain) -> list[int]:
 def check_scope(scope: str, lr: float | None) -> float:
     if scope not in ("head", "all"):
         raise BadInput(f"--scope is {scope!r}, expected head or all")
-    if lr is not None and not lr > 0:
-        raise BadInput(f"--lr is {lr}, expected a positive number")
+    if lr is not None and not 0 < lr < math.inf:
+        raise BadInput(f"--lr is {lr}, expected a positive finite number")
     return lr or {"head": 1e-2, "all": 1e-3}[scope]
 
 
@@ -2275,6 +2283,8 @@ def measure_runs(
     one_thread(first.domain_name)
     if export is not None and not export.parent.is_dir():
         raise BadInput(f"{export} cannot be written: {export.parent} is no folder")
+    if random_phi and first.run is None:
+        raise BadInput("--random-phi needs a run first: a plain encoder file does not say how it was trained")
     config = {"format": FORMAT, "command": command, "domain": first.domain_name, "runs": [str(path) for path in paths],
               "sizes": sizes, "seeds": seeds, "scope": scope, "lr": lr, "steps": steps}  # fmt: skip
     run = Run.create(out, f"{command}-{first.domain_name}", config)
@@ -2320,8 +2330,6 @@ def measure_runs(
 
 def draw_random_phi(subject: Subject, number: int, console) -> list[Network]:
     """Encoders of PT afresh with φ drawn at random: what the same compute buys without gradients."""
-    if subject.run is None:
-        raise BadInput("--random-phi needs a run: a plain encoder file does not say how it was trained")
     plain = dataclasses.replace(subject.settings, particles="1", rounds="1")
     networks, spent = [], 0.0
     allowed = subject.run.checkpoint(subject.domain_name)["seconds"] if number < 0 else math.inf

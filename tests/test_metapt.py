@@ -721,6 +721,8 @@ BAD_OPTIONS = {
     "a device without numbers": ["meta", "--device=meta"],
     "a GPU that is not there": ["meta", "--device=cuda:99"],
     "another kind of device": ["meta", "--device=xpu"],
+    "an infinite learning rate": ["meta", "--lr=inf"],
+    "an infinite damping": ["meta", "--damping=inf"],
 }
 
 
@@ -795,6 +797,14 @@ def test_a_checkpoint_without_one_entry_is_refused(name, runs, tmp_path):
     assert (folder / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_a_checkpoint_without_any_learner_is_refused(runs, tmp_path):
+    folder = copied(runs / "digits-noise", tmp_path / "run")
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save({**content, "learners": []}, folder / "checkpoint.pt")
+    assert "holds no learner" in refused(tmp_path, "meta", "--resume", "run")
+    assert "holds no encoder" in refused(tmp_path, "finetune", "run")
+
+
 def test_phi_of_a_checkpoint_without_phi_is_refused(runs, tmp_path):
     folder = copied(runs / "digits-noise", tmp_path / "run")
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -853,6 +863,10 @@ def test_other_refusals(runs, tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "encoder.pt")
     assert "--domain" in refused(tmp_path, "finetune", "encoder.pt")
     assert "no encoder" in refused(tmp_path, "finetune", "encoder.pt", "--domain=digits-noise")
+    assert "--lr" in refused(runs, "finetune", "digits-noise", "--lr=inf")
+    torch.save(training("digits-noise").best.network.encoder.state_dict(), tmp_path / "encoder.pt")
+    message = refused(tmp_path, "eval", "encoder.pt", "--domain=digits-noise", "--random-phi=1")
+    assert "--random-phi" in message and not (tmp_path / "runs").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
