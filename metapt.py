@@ -631,7 +631,7 @@ class RotationMean(nn.Module):
     """φ = the mean, in degrees, of the normal distribution that each image's rotation is drawn from.
 
     Raghu et al. 2021, section 4.1 (the synthetic rotation experiment); the draw is reparameterised, so that dL/dφ goes
-    through the bilinear resampling of the images.
+    through the resampling of the images.
     """
 
     def __init__(self, degrees: float):
@@ -967,6 +967,10 @@ class Settings:
         return [(int(n), float(share)) for n, share in zip(counts, shares, strict=True)]
 
 
+# Raghu et al. 2021: algorithm 1 as published; the Neumann step size is the learning rate of PT.
+PUBLISHED = {"meta_every": 10, "unroll_steps": 1, "solver": "neumann", "terms": 1, "lr": 1e-3, "alpha": 1e-3}
+
+
 class Domain:
     """One experiment: what the training loop needs to know of it.
 
@@ -974,7 +978,7 @@ class Domain:
     """
 
     metric = "accuracy"
-    preset: ClassVar[dict] = {}  # settings that differ from the defaults
+    presets: ClassVar[dict[str, dict]] = {"default": {}}  # by name: settings that differ from the defaults
     sizes: dict[str, int]  # examples in each part: pretrain, finetune, validation, test
     finetune_sizes: tuple[int, ...]  # numbers of FT examples that reports show
 
@@ -1078,11 +1082,14 @@ class Rotation(ImageDomain):
     lack and no longer what the encoder does, and the hypergradient turns into noise.
     """
 
-    preset: ClassVar[dict] = {
-        "steps": 850, "warmup": 50, "meta_every": 4, "lr": 2e-3, "dropout": 0.5, "finetune_lr": 1e-3,
-        "finetune_batch_size": 128, "meta_batch_size": 192, "meta_lr": 3.0, "average": 0.5,
-        "solver": "cg", "terms": 3, "damping": 1.0,
-        "particles": "6,3,1", "rounds": "0.35,0.9,1", "kick_deg": 60.0, "spread_deg": 60.0,
+    presets: ClassVar = {
+        "default": {
+            "steps": 850, "warmup": 50, "meta_every": 4, "lr": 2e-3, "dropout": 0.5, "finetune_lr": 1e-3,
+            "finetune_batch_size": 128, "meta_batch_size": 192, "meta_lr": 3.0, "average": 0.5,
+            "solver": "cg", "terms": 3, "damping": 1.0,
+            "particles": "6,3,1", "rounds": "0.35,0.9,1", "kick_deg": 60.0, "spread_deg": 60.0,
+        },
+        "paper": {**PUBLISHED, "meta_lr": 1.0},
     }  # fmt: skip
 
     def __init__(self, *arguments):
@@ -1129,9 +1136,13 @@ class Noise(ImageDomain):
     label, so that it cannot drop a class either (divided by one sum, it gave up half of the labels and stayed there).
     """
 
-    preset: ClassVar[dict] = {
-        "steps": 2600, "warmup": 200, "meta_every": 8, "dropout": 0.5, "finetune_lr": 3e-4, "finetune_batch_size": 300,
-        "meta_batch_size": 512, "meta_lr": 1e-2, "meta_lr_decay": 0.1, "solver": "cg", "terms": 3, "damping": 1.0,
+    presets: ClassVar = {
+        "default": {
+            "steps": 2600, "warmup": 200, "meta_every": 8, "dropout": 0.5, "finetune_lr": 3e-4,
+            "finetune_batch_size": 300, "meta_batch_size": 512, "meta_lr": 1e-2, "meta_lr_decay": 0.1,
+            "solver": "cg", "terms": 3, "damping": 1.0,
+        },
+        "paper": {**PUBLISHED},
     }  # fmt: skip
 
     def __init__(self, *arguments):
@@ -1191,15 +1202,17 @@ DOMAINS = {
 }
 
 
-def settings_of(domain: str, given: dict) -> Settings:
+def settings_of(domain: str, given: dict, preset: str = "default") -> Settings:
     """A domain's settings: its preset, and what was given. BadInput where they do not belong together."""
     kind, _ = find_domain(domain)
+    if preset not in kind.presets:
+        raise BadInput(f"--preset is {preset!r}; {domain} has {', '.join(kind.presets)}")
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     for name in given:
         only = fields[name].metadata["only"]
-        if only and not domain.endswith(only):
+        if only and only not in domain.split("-"):
             raise BadInput(f"--{name.replace('_', '-')} belongs to the {only} domains, not to {domain}")
-    return Settings(**{**kind.preset, **given})
+    return Settings(**{**kind.presets[preset], **given})
 
 
 def find_domain(name: str) -> tuple[type, str]:
@@ -1851,10 +1864,8 @@ def with_settings(command):
     own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
     options = []
     for f in dataclasses.fields(Settings):
-        presets = {
-            name.split("-")[1]: kind.preset[f.name] for name, (kind, _) in DOMAINS.items() if f.name in kind.preset
-        }
-        defaults = [str(f.default), *(f"{kind}: {value}" for kind, value in presets.items())]
+        presets = {name.split("-")[-1]: kind.presets["default"] for name, (kind, _) in DOMAINS.items()}
+        defaults = [str(f.default), *(f"{name}: {p[f.name]}" for name, p in presets.items() if f.name in p)]
         only = f" ({f.metadata['only']} domains)" if f.metadata["only"] else ""
         text = f"{f.metadata['help']}{only}. [default: {'; '.join(defaults)}]"
         kind = Annotated[f.type | None, typer.Option(help=text, show_default=False)]
@@ -1866,6 +1877,7 @@ def with_settings(command):
 
 
 DomainName = Annotated[str | None, typer.Argument(help=f"One of {', '.join(DOMAINS)}", show_default="digits-rotation")]
+Preset = Annotated[str, typer.Option(help="Settings to begin with: default, or paper for the published protocol")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Data = Annotated[Path, typer.Option(help="Where downloaded data lie")]
 Out = Annotated[
@@ -1887,13 +1899,18 @@ FtSteps = Annotated[
 def download(
     dataset: Annotated[str, typer.Argument(help="mnist")],
     data: Data = Path("data"),
-    url: Annotated[str, typer.Option(help="Where to fetch it")] = MNIST_URL,
+    url: Annotated[str | None, typer.Option(help="A mirror to fetch it from, in place of its own address")] = None,
     source: Annotated[Path | None, typer.Option("--from", help="A folder that holds the files already")] = None,
 ):
     """Fetch a data set, or take it from a folder; every file is verified, an interrupted download goes on."""
-    if dataset != "mnist":
-        raise BadInput(f"{dataset!r} cannot be downloaded; there is mnist (the digits domains need no download)")
-    console = rich.console.Console()
+    if dataset not in DATASETS:
+        raise BadInput(
+            f"{dataset!r} cannot be downloaded; there is {', '.join(DATASETS)} (the digits need no download)"
+        )
+    DATASETS[dataset](data, url, source, rich.console.Console())
+
+
+def download_mnist(data: Path, url: str | None, source: Path | None, console) -> None:
     columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
                rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn(),
                rich.progress.TimeRemainingColumn())  # fmt: skip
@@ -1904,9 +1921,12 @@ def download(
                 adopt(source / name, path, sha256)
             else:
                 bar = bars.add_task(name, total=None)
-                fetch(f"{url.rstrip('/')}/{name}", path, sha256,
+                fetch(f"{(url or MNIST_URL).rstrip('/')}/{name}", path, sha256,
                       lambda done, total, bar=bar: bars.update(bar, completed=done, total=total))  # fmt: skip
     console.print(f"{len(MNIST_SHA256)} files verified in {data / 'mnist'}")
+
+
+DATASETS = {"mnist": download_mnist}
 
 
 @app.command()
@@ -1914,6 +1934,7 @@ def download(
 def pretrain(
     *,
     domain: DomainName = None,
+    preset: Preset = "default",
     phi: Annotated[Path | None, typer.Option(help="Use the φ that this run learned, frozen")] = None,
     epochs: Epochs = None,
     device: Device = "auto",
@@ -1924,7 +1945,7 @@ def pretrain(
     given,
 ):
     """Pre-train with φ fixed: the baseline, or with --phi at what a run has learned."""
-    train("pretrain", domain, given, epochs, device, data, out, resume, json, phi)
+    train("pretrain", domain, given, preset, epochs, device, data, out, resume, json, phi)
 
 
 @app.command()
@@ -1932,6 +1953,7 @@ def pretrain(
 def meta(
     *,
     domain: DomainName = None,
+    preset: Preset = "default",
     epochs: Epochs = None,
     device: Device = "auto",
     data: Data = Path("data"),
@@ -1941,17 +1963,17 @@ def meta(
     given,
 ):
     """Learn φ while pre-training (algorithm 1), then compare what it is worth."""
-    train("meta", domain, given, epochs, device, data, out, resume, json)
+    train("meta", domain, given, preset, epochs, device, data, out, resume, json)
 
 
-def train(command, domain_name, given, epochs, device, data, out, resume, as_json, phi=None):
+def train(command, domain_name, given, preset, epochs, device, data, out, resume, as_json, phi=None):
     """`pretrain` and `meta` from the command line to the summary."""
     console = rich.console.Console(stderr=as_json)
     begun = time.perf_counter()
     device = pick_device(device)
     if resume is not None:
-        if out is not None or epochs is not None or phi is not None:
-            raise BadInput("--resume goes on with a run as it was started: --out, --epochs and --phi do not go with it")
+        if out is not None or epochs is not None or phi is not None or preset != "default":
+            raise BadInput("--resume goes on with a run as it was started: no --out, --epochs, --phi or --preset")
         run = Run.open(resume)
         config = run.config()
         if config["command"] != command:
@@ -1968,7 +1990,7 @@ def train(command, domain_name, given, epochs, device, data, out, resume, as_jso
         domain = make_domain(domain_name, settings, device, data)
     else:
         domain_name = domain_name or "digits-rotation"
-        settings = settings_of(domain_name, given)
+        settings = settings_of(domain_name, given, preset)
         domain = make_domain(domain_name, settings, device, data)
         if epochs is not None:
             if "steps" in given or epochs < 1:

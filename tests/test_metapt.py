@@ -722,6 +722,7 @@ BAD_OPTIONS = {
     "a GPU that is not there": ["meta", "--device=cuda:99"],
     "another kind of device": ["meta", "--device=xpu"],
     "an infinite learning rate": ["meta", "--lr=inf"],
+    "no such preset": ["meta", "--preset=magic"],
     "an infinite damping": ["meta", "--damping=inf"],
 }
 
@@ -811,6 +812,14 @@ def test_phi_of_a_checkpoint_without_phi_is_refused(runs, tmp_path):
     del content["phi"]
     torch.save(content, folder / "checkpoint.pt")
     assert "checkpoint.pt" in refused(tmp_path, "pretrain", "digits-noise", "--phi", "run")
+
+
+def test_the_paper_preset_is_algorithm_1_as_published():
+    for domain in metapt.DOMAINS:
+        settings = metapt.settings_of(domain, {}, "paper")
+        assert (settings.meta_every, settings.unroll_steps) == (10, 1)
+        assert settings.inverse == metapt.Solver("neumann", terms=1, alpha=settings.lr, seed=0)
+        assert settings.plan == [(1, 1.0)]
 
 
 def test_resume_refuses_another_domain(runs, tmp_path):
