@@ -36,7 +36,7 @@ arXiv:2111.01754. Sections: 2 hypergradients, 3 meta-parameters, 4 encoders, 5 d
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -133,6 +133,7 @@ class Hypergradient(NamedTuple):
     q: Params  # the solver's q, keys of theta: hand it to the next call as q0
     ft_state: dict  # the FT optimiser's state after K steps: hand it to the next call
     residual: float  # ‖Hq − v‖ / ‖v‖, or nan where the solver did not come by it
+    alpha: float = math.nan  # the Neumann step size, given or estimated: hand it to the next call in `Solver`
 
 
 def hypergradient(
@@ -209,6 +210,8 @@ def hypergradient(
 
     product = pretrain_products(pretrain_loss, theta, phi, solver)
     start = None if q0 is None else _flat({name: q0[name] for name in theta})
+    if solver.method == "neumann" and solver.alpha is None and _flat(v).any():
+        solver = replace(solver, alpha=1 / largest_curvature(product, _flat(v), solver.seed))
     q, mixed, residual = solve(product, _flat(v), start, solver, theta, preconditioner)
     if pretrain_loss.start is None:  # v = 0 can need no pass at all; the random generators still owe one
         with torch.no_grad():
@@ -222,6 +225,7 @@ def hypergradient(
         q=_unflat(q, theta),
         ft_state=ft_state,
         residual=residual,
+        alpha=solver.alpha or math.nan,
     )
     _finite(q=result.q, phi=result.phi, psi_K=psi_k)
     return result
@@ -361,8 +365,7 @@ def solve(product, v: Tensor, q0: Tensor | None, solver: Solver, theta: Params, 
     if solver.method == "identity":
         return v, product(v, hessian=False)[1], math.nan
     if solver.method == "neumann":
-        alpha = solver.alpha or 1 / largest_curvature(product, v, solver.seed)
-        return neumann(product, v, q0, solver.terms, alpha)
+        return neumann(product, v, q0, solver.terms, solver.alpha)
     if solver.method == "cg":
         precondition = (lambda r: _flat(preconditioner(_unflat(r, theta)))) if preconditioner else (lambda r: r)
         return conjugate_gradients(product, v, q0, solver.terms, solver.tol, precondition)
@@ -907,6 +910,7 @@ class Settings:
     damping: float = _option(0.0, "Added to the diagonal of the PT Hessian")
     hvp: str = _option("exact", "Hessian-vector products: exact or finite")
     carry_q: bool = _option(False, "Start each solve from the last one's q (neumann, cg)")
+    q_momentum: float = _option(0.9, "With --carry-q and neumann: how far the start goes on the way that q last went")
     particles: str = _option("1", "Copies of the whole run that differ in chance alone; '8,3,1' keeps the better ones")
     rounds: str = _option("1", "Shares of the run after which there are fewer particles, as '0.2,0.5,1'")
     init_deg: float = _option(0.0, "φ at the start, in degrees", "rotation")
@@ -927,7 +931,7 @@ class Settings:
             self._check(getattr(self, name) >= 0, name, "0 or more")
         for name in ("lr", "finetune_lr", "meta_lr", "meta_lr_decay", "compare_lr", "spread_deg"):
             self._check(getattr(self, name) > 0, name, "positive")
-        for name in ("noise", "dropout"):
+        for name in ("noise", "dropout", "q_momentum"):
             self._check(0 <= getattr(self, name) < 1, name, "at least 0 and less than 1")
         self._check(0 <= self.average <= 1, "average", "between 0 and 1")
         self._check(self.warmup <= self.steps, "warmup", f"at most the {self.steps} steps")
@@ -1230,6 +1234,7 @@ def make_domain(name: str, settings: Settings, device: torch.device, data: Path)
 # 7. Training: PT, Algorithm 1, FT, evaluation, checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
+ALPHA_LASTS = 100  # meta steps between two estimates of the curvature, where the solve is carried on
 MANY_SKIPPED = 10  # meta steps in a row without a finite hypergradient: the run has failed
 
 
@@ -1266,6 +1271,8 @@ class Learner:
         "psi",
         "ft_state",
         "q",
+        "q_before",
+        "alpha",
         "average",
         "averaged",
         "recent",
@@ -1286,7 +1293,8 @@ class Learner:
         device = next(self.network.parameters()).device
         sizes = {**domain.sizes, "meta": domain.sizes["pretrain"]}
         self.streams = {name: Stream(sizes[name], batches[name], device) for name in self.STREAMS}
-        self.ft_state, self.q = {}, None
+        self.ft_state = {}
+        self.q = self.q_before = self.alpha = None  # what one solve hands to the next
         self.average, self.averaged = {}, 0  # of φ, over the end of the run
         self.recent: list[float] = []  # validation losses of the last meta steps: particles are compared by them
         self.skipped = self.skipped_in_a_row = self.meta_steps = 0
@@ -1330,17 +1338,21 @@ class Learner:
                 self.psi,
                 phi,
                 unroll=settings.unroll,
-                solver=settings.inverse,
-                q0=self.q,
+                solver=settings.inverse
+                if self.alpha is None
+                else dataclasses.replace(settings.inverse, alpha=self.alpha),
+                q0=self._q0(),
                 ft_state=self.ft_state,
             )
         except FloatingPointError as error:
-            self.skipped, self.skipped_in_a_row, self.q = self.skipped + 1, self.skipped_in_a_row + 1, None
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            self.q = self.q_before = self.alpha = None
             if self.skipped_in_a_row >= MANY_SKIPPED:
                 raise Failed(f"{MANY_SKIPPED} meta steps in a row without a finite hypergradient: {error}") from None
             return
         self.psi, self.ft_state = result.psi, result.ft_state
-        self.q = result.q if settings.carry_q else None
+        if settings.carry_q:
+            self._carry(result)
         for name, parameter in self.meta.named_parameters():
             parameter.grad = result.phi[name]
         for group in self.meta_optimizer.param_groups:
@@ -1355,6 +1367,20 @@ class Learner:
         self.skipped_in_a_row, self.meta_steps = 0, self.meta_steps + 1
         self.losses["validation_loss"] = result.value
         self.recent = [*self.recent[-9:], result.value.item()]
+
+    def _q0(self) -> Params | None:
+        """Where the next solve starts: the last q, a little further on its way (Nesterov's momentum, one step a call)."""
+        if self.q is None or self.q_before is None or self.settings.solver != "neumann":
+            return self.q
+        return {name: q + self.settings.q_momentum * (q - self.q_before[name]) for name, q in self.q.items()}
+
+    def _carry(self, result: Hypergradient) -> None:
+        """Keeps q, and the estimated step size for a while; both are dropped where the iteration runs away."""
+        if result.residual > 2 or (self.meta_steps + 1) % ALPHA_LASTS == 0:
+            self.alpha = None
+        elif math.isfinite(result.alpha):
+            self.alpha = result.alpha
+        self.q_before, self.q = (None, None) if result.residual > 2 else (self.q, result.q)
 
     def learned(self) -> nn.Module:
         """φ as the run leaves it: its average over the end, where that was asked for."""

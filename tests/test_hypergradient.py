@@ -408,6 +408,7 @@ def test_neumann_estimates_its_step_from_the_largest_curvature(sign, hvp):
     alpha = (flat(found.q) @ v / (v @ v)).item()
     assert error(found.q, alpha * v) < 1e-10
     assert 1 / 100 * (1 - 1e-6) < alpha < 1 / 100 * 1.2
+    assert found.alpha == pytest.approx(alpha, rel=1e-9)
 
 
 def test_neumann_step_size_without_any_curvature():

@@ -503,6 +503,38 @@ def test_the_last_q_starts_the_next_solve_if_asked(monkeypatch):
     assert all(q is None for q in starts[carried:])
 
 
+def test_a_carried_neumann_solve_keeps_its_step_and_goes_on_the_way_that_q_went(monkeypatch):
+    real, calls, curvatures = metapt.hypergradient, [], []
+    power = metapt.largest_curvature
+    monkeypatch.setattr(metapt, "largest_curvature", lambda *a: (curvatures.append(power(*a)), curvatures[-1])[1])
+    monkeypatch.setattr(metapt, "ALPHA_LASTS", 4)
+
+    def spied(*arguments, **options):
+        calls.append((options["q0"], options["solver"].alpha, real(*arguments, **options)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(metapt, "hypergradient", spied)
+    training("digits-noise", carry_q=True, solver="neumann", terms=1, q_momentum=0.8, damping=0.1, steps=52).run()
+    assert [alpha is None for _, alpha, _ in calls[:9]] == [True, False, False, False, True, False, False, False, True]
+    assert len(curvatures) == sum(alpha is None for _, alpha, _ in calls)
+    assert calls[1][1] == calls[0][2].alpha == 1 / curvatures[0]
+    q = [flat(result.q) for *_, result in calls]
+    torch.testing.assert_close(flat(calls[1][0]), q[0])
+    torch.testing.assert_close(flat(calls[3][0]), q[2] + 0.8 * (q[2] - q[1]))
+
+
+def test_a_carried_solve_that_runs_away_begins_again(monkeypatch):
+    real, starts = metapt.hypergradient, []
+
+    def wild(*arguments, **options):
+        starts.append(options["q0"])
+        return real(*arguments, **options)._replace(residual=3.0)
+
+    monkeypatch.setattr(metapt, "hypergradient", wild)
+    training("digits-noise", carry_q=True, solver="neumann", terms=1, damping=0.1).run()
+    assert len(starts) > 2 and all(q is None for q in starts)
+
+
 def test_learned_phi_is_the_average_over_the_end():
     run, phi = training("digits-noise", average=0.5), []
     real = run.best.meta_step
