@@ -134,6 +134,7 @@ class Hypergradient(NamedTuple):
     ft_state: dict  # the FT optimiser's state after K steps: hand it to the next call
     residual: float  # ‖Hq − v‖ / ‖v‖, or nan where the solver did not come by it
     alpha: float = math.nan  # the Neumann step size, given or estimated: hand it to the next call in `Solver`
+    pt_gradient: Params | None = None  # ∇_θ L_PT at theta, a by-product that PT's next step can use; None: not come by
 
 
 def hypergradient(
@@ -208,7 +209,8 @@ def hypergradient(
     v = _group(gradient, "theta")
     _finite(L_V=value, v=v, psi0=_group(gradient, "psi"))
 
-    product = pretrain_products(pretrain_loss, theta, phi, solver)
+    derivatives = _derivatives(pretrain_loss, _point(theta=theta, phi=phi), list(_point(theta=theta)), solver)
+    product = pretrain_products(derivatives, theta, phi, solver.damping)
     start = None if q0 is None else _flat({name: q0[name] for name in theta})
     if solver.method == "neumann" and solver.alpha is None and _flat(v).any():
         solver = replace(solver, alpha=1 / largest_curvature(product, _flat(v), solver.seed))
@@ -226,6 +228,7 @@ def hypergradient(
         ft_state=ft_state,
         residual=residual,
         alpha=solver.alpha or math.nan,
+        pt_gradient=_group(derivatives.passed, "theta") if derivatives.passed else None,
     )
     _finite(q=result.q, phi=result.phi, psi_K=psi_k)
     return result
@@ -339,19 +342,18 @@ def finetune_step_adjoint(adjoint: Params, moments, gradient: Params, after: dic
 # q ≈ (∇²_θθ L_PT + damping·I)⁻¹ v, on flat vectors. `product(d)` gives Hd and dᵀ∇²_θφ L_PT, or None for what is not asked.
 
 
-def pretrain_products(pretrain_loss, theta: Params, phi: Params, solver: Solver):
+def pretrain_products(derivatives, theta: Params, phi: Params, damping: float):
     """d → ((∇²_θθ L_PT + damping·I) d, dᵀ∇²_θφ L_PT): the two products that the implicit function theorem needs.
 
     Exact: one graph of ∇_θ L_PT serves all calls. Finite: one pair of passes, at θ ± εd, gives both.
     """
     inner, outer = list(_point(theta=theta)), list(_point(phi=phi))
-    derivatives = _derivatives(pretrain_loss, _point(theta=theta, phi=phi), inner, solver)
 
     def product(d: Tensor, hessian: bool = True, mixed: bool = True) -> tuple[Tensor | None, Tensor | None]:
         wanted = (inner if hessian else []) + (outer if mixed else [])
         change = derivatives.along(_point(theta=_unflat(d, theta)), wanted)
         return (
-            _flat({name: change[name] for name in inner}) + solver.damping * d if hessian else None,
+            _flat({name: change[name] for name in inner}) + damping * d if hessian else None,
             _flat({name: change[name] for name in outer}) if mixed else None,
         )
 
@@ -468,6 +470,7 @@ class _Exact:
         with torch.enable_grad():
             value = _scalar(loss(self.leaves))
             self.graph = _grad(value, {name: self.leaves[name] for name in moving}, create_graph=True)
+        self.passed = self.gradient()
 
     def gradient(self) -> Params:
         return {name: g.detach() for name, g in self.graph.items()}
@@ -485,6 +488,7 @@ class _Finite:
 
     def __init__(self, loss, point: Params, moving: list[str], step: float | None):
         self.loss, self.point, self.moving, self.step = loss, point, moving, step
+        self.passed: Params = {}  # the gradient at the point, once a pair of passes has gone by it
 
     def gradient(self) -> Params:
         return _value_and_gradient(self.loss, self.point, self.moving)[1]
@@ -504,6 +508,8 @@ class _Finite:
             )[1]
             for e in (epsilon, -epsilon)
         )
+        if set(self.moving) <= set(wrt):
+            self.passed = {name: (ahead[name] + behind[name]) / 2 for name in self.moving}
         return {name: (ahead[name] - behind[name]) / (2 * epsilon) for name in wrt}
 
 
@@ -909,6 +915,7 @@ class Settings:
     alpha: float | None = _option(None, "Neumann step size; without it, estimated from the curvature")
     damping: float = _option(0.0, "Added to the diagonal of the PT Hessian")
     hvp: str = _option("exact", "Hessian-vector products: exact or finite")
+    share_pass: bool = _option(False, "The last of P PT steps takes its gradient from the meta step's own passes")
     carry_q: bool = _option(False, "Start each solve from the last one's q (neumann, cg)")
     q_momentum: float = _option(0.9, "With --carry-q and neumann: how far the start goes on the way that q last went")
     particles: str = _option("1", "Copies of the whole run that differ in chance alone; '8,3,1' keeps the better ones")
@@ -1322,7 +1329,10 @@ class Learner:
         self.losses |= {"pretrain_loss": value.detach(), "finetune_loss": head_value.detach()}
 
     def meta_step(self, progress: float) -> None:
-        """K unrolled FT steps, the hypergradient, one step on φ. Without a finite hypergradient φ stays as it is."""
+        """K unrolled FT steps, the hypergradient, one step on φ. Without a finite hypergradient φ stays as it is.
+
+        With `share_pass` it is a PT step, too: the passes at θ ± εq have given ∇_θ L_PT already.
+        """
         settings = self.settings
         theta, phi = _detached(self.network), _detached(self.meta)
         finetune = [
@@ -1349,10 +1359,18 @@ class Learner:
             self.q = self.q_before = self.alpha = None
             if self.skipped_in_a_row >= MANY_SKIPPED:
                 raise Failed(f"{MANY_SKIPPED} meta steps in a row without a finite hypergradient: {error}") from None
+            if settings.share_pass:
+                self.pretrain_step(progress)
             return
         self.psi, self.ft_state = result.psi, result.ft_state
         if settings.carry_q:
             self._carry(result)
+        if settings.share_pass and result.pt_gradient is None:
+            self.pretrain_step(progress)
+        elif settings.share_pass:
+            for name, parameter in self.network.named_parameters():
+                parameter.grad = result.pt_gradient[name]
+            self.optimizer.step()
         for name, parameter in self.meta.named_parameters():
             parameter.grad = result.phi[name]
         for group in self.meta_optimizer.param_groups:
@@ -1449,10 +1467,11 @@ class Training:
             if self.step < settings.warmup:
                 until = min(until, settings.warmup)
             whole = until - self.step == settings.meta_every and self.step >= settings.warmup
+            meta = self.learn and whole
             for learner in self.learners:
-                for step in range(self.step, until):
+                for step in range(self.step, until - (meta and settings.share_pass)):
                     learner.pretrain_step(self._progress(step))
-                if self.learn and whole:
+                if meta:
                     learner.meta_step(self._progress(until - 1))
             self.step, self.seconds = until, time.perf_counter() - begun
             for learner in self.learners:

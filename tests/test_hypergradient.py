@@ -1501,3 +1501,17 @@ def test_the_section_can_be_cut_out_and_run_with_torch_alone():
     section = "".join(lines[start:end])
     result = subprocess.run([sys.executable, "-c", ALONE], input=section, capture_output=True, text=True, check=False)
     assert result.returncode == 0 and result.stdout.strip() == "done", result.stderr
+
+
+@pytest.mark.parametrize("hvp, tolerance", [("exact", 1e-14), ("finite", 1e-8)])
+@pytest.mark.parametrize("method, terms", [("identity", 0), ("neumann", 2), ("cg", 3), ("nystrom", 3)])
+def test_the_gradient_of_pretraining_is_a_byproduct(method, terms, hvp, tolerance):
+    problem = network(dropout=0.0)
+    found = run(problem, solver=Solver(method, terms, damping=0.1, hvp=hvp))
+    if method == "identity" and hvp == "finite":  # its passes are of ∇_φ alone
+        assert found.pt_gradient is None
+        return
+    theta = {name: t.clone().requires_grad_() for name, t in problem.theta.items()}
+    value = problem.pretrain_loss(theta, problem.phi)
+    expected = dict(zip(theta, torch.autograd.grad(value, list(theta.values())), strict=True))
+    assert error(found.pt_gradient, flat(expected)) < tolerance
