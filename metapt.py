@@ -671,11 +671,14 @@ class ExampleWeights(nn.Module):
 
     Raghu et al. 2021, section 4.1 (the noisy-label experiment). The weight is the probability that the network gives
     the label, among all labels: what speaks for one label of an image speaks against the others.
+
+    Args:
+        scores: a network of images [n, 1, h, w] → one score a label [n, classes].
     """
 
-    def __init__(self, pixels: int, classes: int, width: int):
+    def __init__(self, scores: nn.Module):
         super().__init__()
-        self.scores = nn.Sequential(nn.Flatten(), nn.Linear(pixels, width), nn.ReLU(), nn.Linear(width, classes))
+        self.scores = scores
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Images [n, 1, h, w] and labels [n] to weights [n]."""
@@ -707,6 +710,29 @@ class SmallCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
+
+
+class WithLogits(nn.Module):
+    """An encoder whose last features are the logits of PT's classifier: what FT needs to take that classifier over."""
+
+    def __init__(self, encoder: nn.Module, features: int, classes: int):
+        super().__init__()
+        self.encoder, self.classifier = encoder, nn.Linear(features, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.encoder(images)
+        return torch.cat([hidden, self.classifier(hidden)], 1)
+
+
+class Last(nn.Module):
+    """The last n of the features, as they are."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.n = n
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, -self.n :]
 
 
 class Network(nn.Module):
@@ -1055,7 +1081,7 @@ class ImageDomain(Domain):
     """Classification of small images; PT and FT have the same ten classes."""
 
     def __init__(self, source: str, settings: Settings, device: torch.device, data: Path):
-        self.settings, self.device, self.small = settings, device, source == "digits"
+        self.settings, self.device, self.features = settings, device, 32 if source == "digits" else 64
         images = load_images(source, data, settings.seed)
         self.sizes = {part: len(labels) for part, labels in images.labels.items()}
         self.scale, self.classes = images.scale, images.classes
@@ -1065,13 +1091,14 @@ class ImageDomain(Domain):
         self.finetune_sizes = (30, 100, self.sizes["finetune"])
         self.random = np.random.default_rng(settings.seed)
 
+    def encoder(self):
+        return SmallCNN(self.height, 16, self.features, self.settings.dropout)
+
     def network(self):
-        features = 32 if self.small else 64
-        encoder = SmallCNN(self.height, 16, features, self.settings.dropout)
-        return Network(encoder, nn.Linear(features, self.classes)).to(self.device)
+        return Network(self.encoder(), nn.Linear(self.features, self.classes)).to(self.device)
 
     def head(self):
-        return nn.Linear(32 if self.small else 64, self.classes).to(self.device)
+        return nn.Linear(self.features, self.classes).to(self.device)
 
     def inputs(self, part, index):
         return self.pixels[part][index].float() / self.scale
@@ -1142,16 +1169,16 @@ def wrap(degrees: float) -> float:
 class Noise(ImageDomain):
     """A share of the PT labels is wrong; φ weighs PT examples. FT labels are right.
 
-    L_PT = the mean over labels y of Σ_i w_i(φ) CE_i / Σ_i w_i(φ), both sums over the examples labelled y: divided by
-    the sum of the weights, so that φ cannot lower the loss, or PT's learning rate, by making all weights small; label by
-    label, so that it cannot drop a class either (divided by one sum, it gave up half of the labels and stayed there).
+    L_PT = the mean over all examples of w_i(φ) CE_i; it does not divide by the sum of the weights. The FT head begins as
+    PT's own classifier and moves slowly (1e-5). With a head of its own, which follows whatever the features do, FT is as
+    well off when PT takes one class for another: the hypergradient then lets φ exchange classes and drop them.
     """
 
     presets: ClassVar = {
         "default": {
-            "steps": 2600, "warmup": 200, "meta_every": 8, "dropout": 0.5, "finetune_lr": 3e-4,
-            "finetune_batch_size": 300, "meta_batch_size": 512, "meta_lr": 1e-2, "meta_lr_decay": 0.1,
-            "solver": "cg", "terms": 3, "damping": 1.0,
+            "steps": 2600, "warmup": 200, "meta_every": 6, "batch_size": 128, "dropout": 0.5, "finetune_lr": 1e-5,
+            "finetune_batch_size": 300, "meta_batch_size": 1000, "meta_lr": 1.5e-2, "meta_lr_decay": 0.1,
+            "average": 0.15, "solver": "cg", "terms": 5, "damping": 0.1,
         },
         "paper": {**PUBLISHED},
     }  # fmt: skip
@@ -1165,8 +1192,20 @@ class Noise(ImageDomain):
         labels[wrong] = (labels[wrong] + self.random.integers(1, self.classes, len(wrong))) % self.classes
         self.labels["pretrain"] = torch.from_numpy(labels).to(self.device)
 
+    def network(self):
+        encoder = WithLogits(self.encoder(), self.features, self.classes)
+        return Network(encoder, Last(self.classes)).to(self.device)
+
+    def head(self):
+        head = nn.Linear(self.features + self.classes, self.classes)
+        nn.init.zeros_(head.bias)
+        with torch.no_grad():
+            head.weight.copy_(torch.eye(*head.weight.shape).roll(self.features, 1))  # it passes PT's logits on
+        return head.to(self.device)
+
     def meta(self):
-        return ExampleWeights(self.height**2, self.classes, 64).to(self.device)
+        scores = nn.Sequential(SmallCNN(self.height, 16, 64, 0.0), nn.Linear(64, self.classes))
+        return ExampleWeights(scores).to(self.device)
 
     random_meta = meta
 
@@ -1175,10 +1214,8 @@ class Noise(ImageDomain):
 
         def loss(theta, phi):
             weights = call(meta, phi, images, labels, train=True)
-            losses = F.cross_entropy(call(network, theta, images, train=True, live=live), labels, reduction="none")
-            sums = torch.zeros(2, self.classes, device=labels.device, dtype=losses.dtype)
-            weighted, total = sums.index_add(1, labels, torch.stack([weights * losses, weights])).unbind()
-            return (weighted / total.clamp_min(1e-12))[total > 0].mean()
+            logits = call(network, theta, images, train=True, live=live)
+            return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
 
         return loss
 

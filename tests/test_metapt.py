@@ -141,7 +141,7 @@ def test_rotation_is_differentiable_in_degrees():
 
 def test_example_weights_depend_on_image_and_label():
     torch.manual_seed(0)
-    meta = metapt.ExampleWeights(64, 10, 16)
+    meta = metapt.ExampleWeights(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
     images, labels = torch.rand(5, 1, 8, 8), torch.arange(5)
     weights = meta(images, labels)
     assert weights.shape == (5,)
@@ -186,6 +186,28 @@ def test_noise_spoils_the_stated_share_of_pretraining_labels_alone():
     assert torch.equal(made.labels["pretrain"] != clean["pretrain"], made.noisy)
     for part in ("finetune", "validation", "test"):
         assert torch.equal(made.labels[part], clean[part])
+
+
+def test_finetuning_of_the_noise_domains_begins_as_the_classifier_of_pretraining():
+    domain = training("digits-noise").domain
+    network, head, rows = domain.network().eval(), domain.head(), torch.arange(50)
+    images = domain.inputs("test", rows)
+    torch.testing.assert_close(head(network(images, features=True)), network(images))
+    assert network(images).std() > 0
+
+
+def test_the_loss_of_the_noise_domains_is_the_mean_of_weight_times_cross_entropy():
+    domain = training("digits-noise", dropout=0.0).domain
+    network, meta, rows = domain.network(), domain.meta(), torch.arange(7)
+    loss = domain.pretrain_loss(network, meta, rows, 0.0)(
+        dict(network.named_parameters()), dict(meta.named_parameters())
+    )
+    expected = 0.0
+    for i in range(7):
+        image, label = domain.pixels["pretrain"][i].float()[None] / 16, domain.labels["pretrain"][i]
+        weight = meta.scores(image).softmax(1)[0, label]
+        expected -= weight * network(image).log_softmax(1)[0, label] / 7
+    torch.testing.assert_close(loss, expected)
 
 
 def test_no_loss_reads_the_noise_flags():
@@ -514,7 +536,7 @@ def test_a_carried_neumann_solve_keeps_its_step_and_goes_on_the_way_that_q_went(
         return calls[-1][2]
 
     monkeypatch.setattr(metapt, "hypergradient", spied)
-    training("digits-noise", carry_q=True, solver="neumann", terms=1, q_momentum=0.8, damping=0.1, steps=52).run()
+    training("digits-noise", carry_q=True, solver="neumann", terms=1, q_momentum=0.8, damping=5.0, steps=52).run()
     assert [alpha is None for _, alpha, _ in calls[:9]] == [True, False, False, False, True, False, False, False, True]
     assert len(curvatures) == sum(alpha is None for _, alpha, _ in calls)
     assert calls[1][1] == calls[0][2].alpha == 1 / curvatures[0]
@@ -798,7 +820,7 @@ def test_bad_checkpoints_are_refused_and_kept(kind, runs, tmp_path):
         path.write_bytes((runs / "digits-rotation" / "checkpoint.pt").read_bytes())
     elif kind == "other networks":
         content = torch.load(path, weights_only=True)
-        content["learners"][0]["network"]["head.weight"] = torch.zeros(3, 3)
+        content["learners"][0]["network"]["encoder.classifier.weight"] = torch.zeros(3, 3)
         torch.save(content, path)
     else:
         torch.save(

@@ -1,0 +1,308 @@
+"""How right each hypergradient is, and what it costs.
+
+    python -m bench.accuracy          the frozen problems, the early-stopped ones, mini-batches, an online run
+    python -m bench.accuracy report   tables and bench/figures/accuracy.png from bench/results/accuracy.json
+
+Costs are counted, not timed. A product is one Hessian-vector or mixed-derivative product, or, of a preconditioner, two
+passes' worth of examples; "PT steps" are the FLOPs of all passes, those of FT included, in units of one forward and
+backward pass of L_PT over the same examples. FLOPs are those of matrix products and convolutions.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import rich.console
+import torch
+import typer
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import metapt
+from bench import peers, problems
+from bench.problems import Problem, flat, unflat
+from metapt import Solver, Unroll
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "accuracy.json"
+ROWS = 32  # examples of a mini-batch
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = rich.console.Console(width=150)
+
+
+def ours(p: Problem, solver: Solver, rows=None, **options) -> Tensor:
+    """metapt's hypergradient of a problem, flat; the PT loss over `rows` alone, where given."""
+    over = {} if rows is None else {"rows": rows}
+    return flat(
+        metapt.hypergradient(
+            lambda theta, phi: p.pretrain_loss(theta, phi, **over), p.finetune_loss, p.validation_loss,
+            p.theta, p.psi, p.phi, unroll=Unroll(p.ft_steps, p.ft_lr), solver=solver, **options,
+        ).phi
+    )  # fmt: skip
+
+
+def estimators(p: Problem) -> dict[str, Callable[[], Tensor]]:
+    """Every estimator that this problem allows, by name."""
+    found: dict[str, Callable[[], Tensor]] = {"identity": lambda: ours(p, Solver("identity"))}
+    for terms in (1, 2, 5, 20, 100):
+        found[f"neumann {terms}, α = PT's"] = lambda t=terms: ours(p, Solver("neumann", t, alpha=p.pt_lr))
+        found[f"neumann {terms}"] = lambda t=terms: ours(p, Solver("neumann", t))
+    for terms in (1, 2, 5, 10, 20, 50):
+        found[f"cg {terms}"] = lambda t=terms: ours(p, Solver("cg", t))
+    for terms in (5, 20):
+        found[f"cg {terms}, damping 0.1"] = lambda t=terms: ours(p, Solver("cg", t, damping=0.1))
+        found[f"cg {terms}, finite"] = lambda t=terms: ours(p, Solver("cg", t, hvp="finite"))
+    found["neumann 20, finite"] = lambda: ours(p, Solver("neumann", 20, hvp="finite"))
+    for rank in (5, 10, 20, 50):
+        found[f"nystrom {rank}"] = lambda r=rank: ours(p, Solver("nystrom", r, damping=1e-2))
+    for examples in (50, 200):
+        for terms in (5, 10, 19):
+            found[f"cg {terms}, Fisher of {examples}"] = lambda t=terms, n=examples: ours(
+                p, Solver("cg", t), preconditioner=peers.fisher(p, min(n, p.examples), 1e-3)
+            )
+    found["EvoGrad"] = lambda: peers.evograd(p)
+    found["EvoGrad, mean of 20"] = lambda: sum(peers.evograd(p, seed) for seed in range(20)) / 20
+    if p.pt_steps is not None:
+        found["reverse"] = lambda: peers.reverse(p)
+        found["reverse, last 5"] = lambda: peers.reverse(p, 5)
+        found["reverse, last 50"] = lambda: peers.reverse(p, 50)
+        found["forward"] = lambda: peers.forward(p)
+        found["reversible"] = lambda: peers.reversible(p)
+    return found
+
+
+@contextlib.contextmanager
+def counted():
+    """Yields a dict; afterwards it holds the FLOPs and metapt's products of what ran inside."""
+    found, real = {"products": 0}, metapt.pretrain_products
+
+    def products(*arguments):
+        product = real(*arguments)
+
+        def one(*inputs, **options):
+            found["products"] += 1
+            return product(*inputs, **options)
+
+        return one
+
+    with mock.patch.object(metapt, "pretrain_products", products), FlopCounterMode(display=False) as flops:
+        yield found
+    found["flops"] = flops.get_total_flops()
+
+
+def pt_step_flops(p: Problem, rows=None) -> int:
+    theta = problems.leaves(p.theta)
+    with FlopCounterMode(display=False) as flops:
+        p.pretrain_loss(theta, p.phi, **({} if rows is None else {"rows": rows})).backward()
+    return flops.get_total_flops()
+
+
+def agreement(found: Tensor, exact: Tensor) -> dict[str, float]:
+    return {
+        "cosine": torch.nn.functional.cosine_similarity(found, exact, 0).item(),
+        "norm_error": (found.norm() / exact.norm() - 1).item(),
+        "signs": (found.sign() == exact.sign()).double().mean().item(),
+    }
+
+
+def measure(p: Problem, name: str, estimator: Callable[[], Tensor]) -> dict:
+    with counted() as cost:
+        found = estimator()
+    preconditioner = int(name.split()[-1]) / (2 * p.examples) if "Fisher" in name else 0
+    return {"problem": p.name, "estimator": name, "products": math.ceil(cost["products"] + min(preconditioner, 0.5)),
+            "pt_steps": cost["flops"] / pt_step_flops(p), **agreement(found, p.exact)}  # fmt: skip
+
+
+def minibatches(p: Problem, draws: int = 50) -> list[dict]:
+    """(f): one mini-batch for Hessian and mixed derivative, L_V's gradient v over all FT data."""
+    rows = []
+    solvers = {"identity": Solver("identity"), "neumann 20": Solver("neumann", 20)}
+    solvers |= {f"cg {t}": Solver("cg", t) for t in (5, 20)}
+    solvers |= {f"cg {t}, damping {d}": Solver("cg", t, damping=d) for t in (5, 20) for d in (0.01, 0.1)}
+    for name, solver in solvers.items():
+        generator = torch.Generator().manual_seed(0)
+        found = [
+            agreement(ours(p, solver, torch.randperm(p.examples, generator=generator)[:ROWS]), p.exact)["cosine"]
+            for _ in range(draws)
+        ]
+        rows.append({"problem": p.name, "estimator": name, "batch": ROWS, "draws": draws,
+                     "cosine": float(np.mean(found)), "spread": float(np.std(found, ddof=1))})  # fmt: skip
+    return rows
+
+
+# What one meta step of an online run may use. `q` says what the next one starts from.
+ONLINE = {
+    "published: neumann 1, α = PT's": ({"method": "neumann", "terms": 1, "alpha": 3e-3}, None),
+    "identity": ({"method": "identity"}, None),
+    "cg 3 afresh": ({"method": "cg", "terms": 3}, None),
+    "cg 5 afresh": ({"method": "cg", "terms": 5}, None),
+    "carried: cg 1": ({"method": "cg", "terms": 1}, 0.0),
+    "carried: cg 2": ({"method": "cg", "terms": 2}, 0.0),
+    "carried: neumann 1": ({"method": "neumann", "terms": 1}, 0.0),
+    "carried: neumann 1, momentum 0.9": ({"method": "neumann", "terms": 1}, 0.9),
+    "carried: neumann 1, momentum 0.9, finite": ({"method": "neumann", "terms": 1, "hvp": "finite"}, 0.9),
+}
+
+
+def online(batch: int, damping: float, seed: int = 0, meta_steps: int = 100, names=tuple(ONLINE)) -> list[dict]:
+    """Cosines along a run of algorithm 1 on `mlp` from its start: P = 10, K = 1, Adam for θ, ψ and φ.
+
+    The run itself follows the exact hypergradient, so that every estimator is asked about the same moments. Exact is
+    −vᵀ(H + damping·I)⁻¹∇²_θφ L_PT by a dense solve over all PT examples at the θ, ψ and φ of the moment: without damping H is
+    indefinite along such a run, and there is nothing to be exact about. v is the same for all.
+    """
+    p, generator = problems.mlp(), torch.Generator().manual_seed(seed)
+    theta, psi = problems.leaves(p.start), p.psi
+    phi = {"weights": torch.zeros(10, dtype=torch.float64, requires_grad=True)}
+    optimizer, meta_optimizer = torch.optim.Adam(theta.values(), 3e-3), torch.optim.Adam(phi.values(), 3e-2)
+    unroll, ft_state = Unroll(1, 1e-2, optimizer="adam"), {}
+    carried: dict[str, dict] = {name: {"q": None, "before": None, "alpha": None} for name in names}
+    cosines: dict[str, list[float]] = {name: [] for name in names}
+    costs: dict[str, list[float]] = {name: [] for name in names}
+    shared: dict[str, bool] = {}
+
+    def draw():
+        return torch.randperm(p.examples, generator=generator)[:batch]
+
+    def detached(params):
+        return {name: t.detach().clone() for name, t in params.items()}
+
+    for step in range(1000 + 10 * meta_steps):
+        optimizer.zero_grad()
+        p.pretrain_loss(theta, detached(phi), draw()).backward()
+        optimizer.step()
+        here, moving = detached(theta), problems.leaves(psi)
+        gradient = problems.grad(p.finetune_loss(here, moving), moving)
+        stepped, ft_state = metapt.finetune_step(
+            *({f"psi.{name}": t.detach() for name, t in params.items()} for params in (psi, gradient)), unroll, ft_state
+        )
+        psi = {name.removeprefix("psi."): t for name, t in stepped.items()}
+        if step < 1000 or (step + 1) % 10:
+            continue
+        at, rows = {"theta": here, "psi": psi, "phi": detached(phi)}, draw()
+        plain = pt_step_flops(p._replace(theta=here), rows)
+
+        def ask(solver, q0=None, at=at, rows=rows, ft_state=ft_state):
+            return metapt.hypergradient(lambda theta, phi: p.pretrain_loss(theta, phi, rows), p.finetune_loss,
+                                        p.validation_loss, **at, unroll=unroll, ft_state=ft_state, solver=solver,
+                                        q0=q0)  # fmt: skip
+
+        first = ask(Solver("identity"))
+        exact = _dense(p, here, at["phi"], flat(first.q), damping)
+        for name in names:
+            fields, momentum = ONLINE[name]
+            kept, q0 = carried[name], None
+            if momentum is not None and kept["q"] is not None:
+                q0 = kept["q"] + momentum * (kept["q"] - kept["before"])
+                q0 = unflat(q0, here)
+            solver = Solver(**{"alpha": kept["alpha"], **fields}, damping=damping)
+            with counted() as cost:
+                result = ask(solver, q0)
+            q = flat(result.q)
+            alpha = result.alpha if result.alpha == result.alpha else None
+            carried[name] = {"q": q, "before": q if kept["q"] is None else kept["q"],
+                             "alpha": None if momentum is None else alpha}  # fmt: skip
+            cosines[name].append(agreement(flat(result.phi), exact)["cosine"])
+            costs[name].append(cost["flops"] / plain)
+            shared[name] = result.pt_gradient is not None
+        psi, ft_state = first.psi, first.ft_state
+        phi["weights"].grad = exact / exact.norm()
+        meta_optimizer.step()
+    late = meta_steps // 10  # the first tenth: q is still on its way
+    return [{"batch": batch, "damping": damping, "estimator": name, "pt_steps": float(np.mean(costs[name])),
+             "gives_pt_gradient": shared[name],
+             "cosine": float(np.mean(cosines[name][late:])), "lowest": float(np.min(cosines[name][late:])),
+             "above_0.95": float(np.mean(np.array(cosines[name][late:]) >= 0.95)), "along": cosines[name]}
+            for name in names]  # fmt: skip
+
+
+def _dense(p: Problem, theta, phi, v: Tensor, damping: float) -> Tensor:
+    def gradient(w, f):
+        return torch.func.grad(lambda w: p.pretrain_loss(unflat(w, theta), unflat(f, phi)))(w)
+
+    hessian, mixed = torch.func.jacrev(gradient, (0, 1))(flat(theta), flat(phi))
+    return -torch.linalg.solve(hessian + damping * torch.eye(len(v), dtype=v.dtype), v) @ mixed
+
+
+@app.callback(invoke_without_command=True)
+def run(context: typer.Context):
+    if context.invoked_subcommand:
+        return
+    torch.set_num_threads(1)
+    found = {"torch": torch.__version__, "frozen": [], "minibatch": [], "online": []}
+    for make in {**problems.FROZEN, **problems.EARLY}.values():
+        p = make()
+        for name, estimator in estimators(p).items():
+            found["frozen"].append(measure(p, name, estimator))
+        metapt.save_json(RESULTS, found)
+        console.print(f"{p.name}: {len(estimators(p))} estimators")
+    found["minibatch"] = minibatches(problems.mlp())
+    for batch in (300, 100):
+        for damping in (0.01, 0.1):
+            found["online"] += online(batch, damping)
+            metapt.save_json(RESULTS, found)
+    report()
+
+
+@app.command()
+def report():
+    """Tables and the figure, from what was found."""
+    found = json.loads(RESULTS.read_text())
+    names = list(dict.fromkeys(row["problem"] for row in found["frozen"]))
+    cell = {(row["estimator"], row["problem"]): row for row in found["frozen"]}
+    rows = []
+    for estimator in dict.fromkeys(row["estimator"] for row in found["frozen"]):
+        here = [cell.get((estimator, name)) for name in names]
+        cost = [row for row in here if row]
+        products = max(row["products"] for row in cost)
+        rows.append([estimator, f"{products or ''}", f"{np.median([row['pt_steps'] for row in cost]):.1f}",
+                     *(f"{row['cosine']:.3f}" if row else "" for row in here)])  # fmt: skip
+    metapt.show_table(console, "cosine to the exact hypergradient", ["", "products", "PT steps", *names], rows)
+    rows = [[row["estimator"], f"{row['cosine']:.2f} ± {row['spread']:.2f}"] for row in found["minibatch"]]
+    metapt.show_table(console, f"mlp, one mini-batch of {ROWS} of 300", ["", "cosine ± s.d."], rows)
+    for batch in (300, 100):
+        for damping in (0.01, 0.1):
+            rows = [[row["estimator"], f"{row['pt_steps']:.2f}",
+                     f"{row['pt_steps'] - row['gives_pt_gradient']:.2f}", f"{row['cosine']:.3f}", f"{row['lowest']:.3f}",
+                     f"{100 * row['above_0.95']:.0f}"] for row in found["online"]
+                    if (row["batch"], row["damping"]) == (batch, damping)]  # fmt: skip
+            columns = ["", "PT steps a meta step", "less the one it saves", "mean cosine", "lowest", "≥ 0.95 (%)"]
+            metapt.show_table(console, f"online, batch {batch} of 300, damping {damping}", columns, rows)
+    draw(found)
+
+
+def draw(found: dict) -> None:
+    families = {
+        "CG": [f"cg {t}" for t in (1, 2, 5, 10, 20, 50)],
+        "Neumann, α estimated": [f"neumann {t}" for t in (1, 2, 5, 20, 100)],
+        "Neumann, α = PT's": [f"neumann {t}, α = PT's" for t in (1, 2, 5, 20, 100)],
+        "CG, Fisher of 200": [f"cg {t}, Fisher of 200" for t in (5, 10, 19)],
+        "Nyström": [f"nystrom {r}" for r in (5, 10, 20, 50)],
+        "identity": ["identity"],
+        "EvoGrad, mean of 20": ["EvoGrad, mean of 20"],
+    }
+    rows = {row["estimator"]: row for row in found["frozen"] if row["problem"] == "mlp"}
+    with metapt.figure(HERE / "figures" / "accuracy.png", 2) as (left, right):
+        for family, names in families.items():
+            cost, cosine = zip(*((rows[name]["pt_steps"], rows[name]["cosine"]) for name in names), strict=True)
+            left.plot(cost, cosine, "o-", ms=3, lw=1, label=family)
+        left.axhline(0.95, color="0.7", lw=0.8, ls="--")
+        left.set(xscale="log", xlabel="cost (PT steps)", ylabel="cosine to the exact hypergradient", ylim=(0.2, 1.02))
+        left.legend(fontsize=6)
+        for row in found["online"]:
+            if (row["batch"], row["damping"]) == (300, 0.1) and row["estimator"] in (
+                "published: neumann 1, α = PT's", "cg 3 afresh", "carried: neumann 1", "carried: neumann 1, momentum 0.9"
+            ):  # fmt: skip
+                label = f"{row['estimator']}: {row['pt_steps']:.1f} PT steps"
+                right.plot(range(1, len(row["along"]) + 1), row["along"], lw=1, label=label)
+        right.axhline(0.95, color="0.7", lw=0.8, ls="--")
+        right.set(xlabel="meta step of an online run", ylabel="cosine to the exact of the moment", ylim=(0.2, 1.02))
+        right.legend(fontsize=6)
+
+
+if __name__ == "__main__":
+    app()
