@@ -1170,13 +1170,13 @@ class Noise(ImageDomain):
     """A share of the PT labels is wrong; φ weighs PT examples. FT labels are right.
 
     L_PT = the mean over all examples of w_i(φ) CE_i; it does not divide by the sum of the weights. The FT head begins as
-    PT's own classifier and moves slowly (1e-5). With a head of its own, which follows whatever the features do, FT is as
+    PT's own classifier and hardly moves (1e-6). With a head of its own, which follows whatever the features do, FT is as
     well off when PT takes one class for another: the hypergradient then lets φ exchange classes and drop them.
     """
 
     presets: ClassVar = {
         "default": {
-            "steps": 2600, "warmup": 200, "meta_every": 6, "batch_size": 128, "dropout": 0.5, "finetune_lr": 1e-5,
+            "steps": 2600, "warmup": 200, "meta_every": 6, "batch_size": 128, "dropout": 0.5, "finetune_lr": 1e-6,
             "finetune_batch_size": 300, "meta_batch_size": 1000, "meta_lr": 1.5e-2, "meta_lr_decay": 0.1,
             "average": 0.15, "solver": "cg", "terms": 5, "damping": 0.1,
         },

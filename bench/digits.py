@@ -18,6 +18,7 @@ import torch
 import typer
 
 import metapt
+from bench.counting import peak
 
 HERE = Path(__file__).parent
 STARTS = [-180 + 36 * i for i in range(10)]
@@ -139,42 +140,6 @@ def saved_bytes():
                 f"{hvp} {solver['solver']}: {rows[-1]['bytes']:,} = {rows[-1]['bytes'] / plain:.2f} × a PT step's {plain:,}"
             )
     keep("bytes", rows)
-
-
-class _Saved:
-    """One tensor saved for backward; it is taken off the books when the graph lets go of it."""
-
-    def __init__(self, tensor, books):
-        self.tensor, self.key, self.books = tensor, tensor.untyped_storage().data_ptr(), books
-        count, size = books.get(self.key, (0, tensor.untyped_storage().nbytes()))
-        books[self.key] = (count + 1, size)
-
-    def __del__(self):
-        count, size = self.books[self.key]
-        if count == 1:
-            del self.books[self.key]
-        else:
-            self.books[self.key] = (count - 1, size)
-
-
-def peak(work) -> int:
-    """The most bytes that are saved for backward at one time while `work()` runs."""
-    books, most = {}, 0
-
-    def pack(tensor):
-        nonlocal most
-        base = tensor if tensor._base is None else tensor._base
-        if base.is_leaf:  # parameters and data: there whether or not anything is saved
-            return tensor
-        saved = _Saved(tensor, books)
-        most = max(most, sum(size for _, size in books.values()))
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(
-        pack, lambda saved: saved.tensor if isinstance(saved, _Saved) else saved
-    ):
-        work()
-    return most
 
 
 if __name__ == "__main__":
