@@ -15,7 +15,9 @@ class _Saved:
     """One tensor saved for backward; it is taken off the books when the graph lets go of it."""
 
     def __init__(self, tensor, books):
-        self.tensor, self.key, self.books = tensor, tensor.untyped_storage().data_ptr(), books
+        # Detached: an operation that saves its own output would otherwise be held by it for ever. Autograd puts the
+        # history back when it unpacks.
+        self.tensor, self.key, self.books = tensor.detach(), tensor.untyped_storage().data_ptr(), books
         count, size = books.get(self.key, (0, tensor.untyped_storage().nbytes()))
         books[self.key] = (count + 1, size)
 
