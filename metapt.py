@@ -2633,15 +2633,15 @@ def download_ppi(data: Path, url: str | None, source: Path | None, console, kind
             raise BadInput("--source string-yeast takes STRING's and GO's files from a folder: name it with --from")
         about = prepare_string(source, folder)
     else:
-        with rich.progress.Progress(console=console) as bars:
-            bar = bars.add_task("bio_dataset.zip", total=None)
+        if source is None:
+            source = data / "ppi" / "bio_dataset.zip"
+            with rich.progress.Progress(console=console) as bars:
+                bar = bars.add_task(source.name, total=None)
 
-            def advance(done: int, total: int | None) -> None:
-                enough_space(data, (total or 0) - done)
-                bars.update(bar, completed=done, total=total)
+                def advance(done: int, total: int | None) -> None:
+                    enough_space(data, (total or 0) - done)
+                    bars.update(bar, completed=done, total=total)
 
-            if source is None:
-                source = data / "ppi" / "bio_dataset.zip"
                 fetch(url or PPI_URL, source, None, advance)
         about = prepare_published(source, folder)
     console.print(f"{about['graphs']} graphs, {about['nodes']} nodes and {about['edges']} directed edges, {about['tasks']} "
