@@ -19,7 +19,7 @@
 
 PT is pre-training, FT fine-tuning, V validation; θ the encoder and the PT head, ψ the FT head, φ what is learned.
 
-    python metapt.py download mnist        fetch a data set (the digits domains need none)
+    python metapt.py download DATA         fetch mnist or ppi (the digits domains need nothing)
     python metapt.py pretrain DOMAIN       PT with φ fixed: the baseline
     python metapt.py meta DOMAIN           PT with φ learned along (algorithm 1)
     python metapt.py finetune RUN          FT from a run's encoder, over seeds and sizes of the FT set
@@ -604,6 +604,7 @@ def _finite(**results) -> None:
 # 3. Meta-parameters: φ and what it does to pre-training
 # ---------------------------------------------------------------------------------------------------------------------
 
+import ast
 import contextlib
 import copy
 import dataclasses
@@ -613,6 +614,7 @@ import http.client
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -620,6 +622,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -685,6 +689,41 @@ class ExampleWeights(nn.Module):
         return self.scores(images).softmax(1).gather(1, labels[:, None]).squeeze(1)
 
 
+class TaskWeights(nn.Module):
+    """φ = one number a PT task; the task's weight is 2σ(φ_t), so that every weight begins at 1.
+
+    Raghu et al. 2021, section 5.1 (multitask PT on protein interaction graphs).
+    """
+
+    def __init__(self, tasks: int):
+        super().__init__()
+        self.task_logits = nn.Parameter(torch.zeros(tasks))
+
+    def weights(self) -> Tensor:
+        return 2 * self.task_logits.sigmoid()
+
+    def forward(self, losses: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """The weighted mean of losses [tasks]; with `chosen` (bool, [tasks]) the mean over the chosen tasks.
+
+        A choice has no derivative: the weights lend it theirs (straight-through, Bengio et al. 2013), so that the tasks
+        that were not chosen learn what they would have been worth too.
+        """
+        weights = self.weights()
+        if chosen is not None:
+            weights = chosen * (len(chosen) / chosen.sum()) + weights - weights.detach()
+        return (weights * losses).mean()
+
+    def draw(self, k: int) -> Tensor:
+        """k tasks without replacement, in proportion to exp φ_t (Gumbel top-k): bool, [tasks].
+
+        Drawn, not the k best: at the start all φ_t are equal, and a task that is never chosen would never be tried.
+        """
+        noise = -torch.rand_like(self.task_logits).clamp_min(1e-20).log()
+        chosen = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
+        chosen[(self.task_logits.detach() - noise.log()).topk(k).indices] = True
+        return chosen
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Encoders
 # ---------------------------------------------------------------------------------------------------------------------
@@ -733,6 +772,78 @@ class Last(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features[:, -self.n :]
+
+
+class GraphBatch(NamedTuple):
+    """Graphs as one: their nodes in a row, a node's incoming edges in a row."""
+
+    sums: Tensor  # [nodes, 10]: Σ over incoming edges and the self-loop of the 9 edge features, and their number
+    source: Tensor  # [edges]: the node that an edge comes from; edges are sorted by the node that they go to
+    start: Tensor  # [nodes]: where a node's incoming edges begin
+    graph: Tensor  # [nodes]: the graph of a node
+    centre: Tensor  # [graphs]: the node that a graph is the neighbourhood of
+    size: Tensor  # [graphs]: number of nodes
+
+
+class NeighbourSum(torch.autograd.Function):
+    """x [nodes, d] to Σ_j x_j over each node's neighbours. A is symmetric, so the adjoint of A is A: any order of
+    derivative is this function again, and nothing but the indices is kept for it."""
+
+    @staticmethod
+    def forward(ctx, x, source, start):
+        ctx.save_for_backward(source, start)
+        return F.embedding_bag(source, x, start, mode="sum")
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return NeighbourSum.apply(gradient.contiguous(), *ctx.saved_tensors), None, None
+
+
+class GINLayer(nn.Module):
+    """x_i → MLP(Σ_j [x_j, W e_ij + b]), over the neighbours j and i itself; the MLP is d·2 → d·2 → d with BatchNorm.
+
+    The edge layer is linear, so Σ_j (W e_ij + b) = [W, b] s_i where s_i = Σ_j [e_ij, 1] is known before training. The
+    MLP's first layer is linear as well: of its product with [x, e] the second half is one 2d x 10 matrix on s_i.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.edge = nn.Linear(9, width)
+        self.first, self.norm = nn.Linear(2 * width, 2 * width), nn.BatchNorm1d(2 * width)
+        self.second = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, batch: GraphBatch, sums: Tensor) -> Tensor:
+        """x [nodes, d], or [d] where all nodes are alike, and sums [nodes, 10] to [nodes, d]."""
+        of_x, of_edges = self.first.weight.chunk(2, dim=1)
+        edge = of_edges @ torch.cat([self.edge.weight, self.edge.bias[:, None]], 1)
+        if x.dim() == 1:  # Σ_j x_j is x times their number, column 9
+            edge = edge + F.pad((of_x @ x)[:, None], (9, 0))
+            hidden = F.linear(sums, edge, self.first.bias)
+        else:
+            hidden = F.linear(x + NeighbourSum.apply(x, batch.source, batch.start), of_x, self.first.bias)
+            hidden = hidden + F.linear(sums, edge)
+        return self.second(self.norm(hidden).relu())
+
+
+class GIN(nn.Module):
+    """The graph isomorphism network of Hu et al. (ICLR 2020), for graphs with edge features and no node features.
+
+    A batch of graphs to [graphs, 2 width]: the mean over nodes, and the centre.
+    """
+
+    def __init__(self, width: int, layers: int, dropout: float):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(width) / math.sqrt(width))  # every node begins alike
+        self.layers = nn.ModuleList(GINLayer(width) for _ in range(layers))
+        self.dropout = dropout
+
+    def forward(self, batch: GraphBatch) -> Tensor:
+        x, sums = self.embedding, batch.sums.to(self.embedding.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, batch, sums)
+            x = F.dropout(x.relu() if i + 1 < len(self.layers) else x, self.dropout, self.training)
+        total = x.new_zeros(len(batch.size), x.shape[1]).index_add(0, batch.graph, x)
+        return torch.cat([total / batch.size[:, None], x[batch.centre]], 1)
 
 
 class Network(nn.Module):
@@ -837,20 +948,20 @@ def read_idx(path: Path) -> np.ndarray:
     return values.reshape(shape)
 
 
-def fetch(url: str, path: Path, sha256: str, advance, tries: int = 5) -> None:
+def fetch(url: str, path: Path, sha256: str | None, advance, tries: int = 5) -> None:
     """Downloads one file: goes on where an earlier try stopped, verifies, and only then gives the file its name.
 
     Args:
         url: where it is.
         path: where it goes. What is there and verifies stays; what does not verify is replaced.
-        sha256: what it must hash to.
+        sha256: what it must hash to; None where nobody has published it: the caller checks what came.
         advance: called with (bytes so far, bytes in all or None).
         tries: attempts, with pauses of 1, 2, 4, … seconds between them.
 
     Raises:
         BadInput: the address cannot be had, or gives something else.
     """
-    if path.exists() and digest(path) == sha256:
+    if path.exists() and sha256 in (None, digest(path)):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -882,7 +993,7 @@ def fetch(url: str, path: Path, sha256: str, advance, tries: int = 5) -> None:
             time.sleep(2**attempt)
     else:
         raise BadInput(f"{problem} ({tries} tries)")
-    if digest(part) != sha256:
+    if sha256 not in (None, digest(part)):
         part.unlink()
         raise BadInput(f"{url}: its SHA-256 is not {sha256}; what came was discarded")
     part.replace(path)
@@ -902,6 +1013,330 @@ def adopt(source: Path, path: Path, sha256: str) -> None:
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Protein interaction graphs. A graph is the neighbourhood of one protein; edges have 9 features: seven kinds of
+# evidence, self-loop, masked (Hu et al., ICLR 2020). Whatever the source, it is prepared once into flat arrays.
+
+PPI_URL = "http://snap.stanford.edu/gnn-pretrain/data/bio_dataset.zip"
+PPI_FILE = "supervised/processed/geometric_data_processed.pt"
+PPI_SOURCES = ("published", "string-yeast")
+PPI_FORMAT = "metapt graphs 1"
+PPI_ARRAYS = {  # file: type, and which count of about.json says how many rows there are
+    "sizes": (np.int32, "graphs"),  # nodes of a graph
+    "degrees": (np.int32, "graphs"),  # directed edges of a graph
+    "centre": (np.int32, "graphs"),
+    "species": (np.int32, "graphs"),
+    "labels": (np.uint8, "graphs"),  # one bit a task
+    "sums": (np.float32, "nodes"),  # 10 columns: see GraphBatch
+    "source": (np.uint16, "edges"),  # node within the graph; edges are sorted by graph and by the node they go to
+}
+CHANNELS = ("neighborhood", "fusion", "cooccurence", "coexpression", "experimental", "database", "textmining")
+
+
+class Graphs:
+    """Prepared graphs, memory-mapped (on an accelerator: copied there); nothing is done graph by graph.
+
+    Raises:
+        BadInput: the folder is missing, or not what `prepare_graphs` writes.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        if not (folder / "about.json").exists():
+            raise BadInput(f"{folder / 'about.json'} is missing: 'python metapt.py download ppi' prepares the graphs")
+        self.about, self.device = load_json(folder / "about.json"), device
+        arrays = {}
+        for name, (kind, count) in PPI_ARRAYS.items():
+            path, columns = folder / f"{name}.bin", 1
+            try:
+                columns = {"labels": -(-self.about["tasks"] // 8), "sums": 10}.get(name, 1)
+                shape = (self.about[count], columns)
+                if (
+                    self.about["format"] != PPI_FORMAT
+                    or path.stat().st_size != math.prod(shape) * np.dtype(kind).itemsize
+                ):
+                    raise ValueError
+                values = np.memmap(path, kind, mode="c", shape=shape)
+            except (OSError, ValueError, KeyError, TypeError):
+                raise BadInput(f"{path} does not fit {folder / 'about.json'}: prepare the graphs anew") from None
+            arrays[name] = torch.from_numpy(values if columns > 1 or name == "labels" else values[:, 0]).to(device)
+        self.sizes, self.degrees, self.centre = (arrays[n].long() for n in ("sizes", "degrees", "centre"))
+        self.species, self.bits, self.sums, self.source = (arrays[n] for n in ("species", "labels", "sums", "source"))
+        self.first_node, self.first_edge = (t.cumsum(0) - t for t in (self.sizes, self.degrees))
+
+    def batch(self, index: Tensor) -> GraphBatch:
+        """The graphs `index` [graphs] as one."""
+        size, degree = self.sizes[index], self.degrees[index]
+        first = size.cumsum(0) - size
+        sums = self.sums[spans(self.first_node[index], size)]
+        source = self.source[spans(self.first_edge[index], degree)].long() + first.repeat_interleave(degree)
+        incoming = sums[:, 9].long() - 1  # without the self-loop
+        graph = torch.arange(len(index), device=self.device).repeat_interleave(size)
+        return GraphBatch(sums, source, incoming.cumsum(0) - incoming, graph, self.centre[index] + first, size)
+
+    def labels(self, index: Tensor) -> Tensor:
+        """0 or 1: [graphs, tasks]."""
+        bits = self.bits[index].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=self.device)
+        return (bits & 1).flatten(1)[:, : self.about["tasks"]].float()
+
+
+def spans(start: Tensor, length: Tensor) -> Tensor:
+    """The numbers start_i … start_i + length_i − 1, for one i after the other."""
+    shift = (start - (length.cumsum(0) - length)).repeat_interleave(length)
+    return torch.arange(len(shift), device=start.device) + shift
+
+
+class RawGraphs(NamedTuple):
+    """Some graphs as a source gives them: numpy arrays, one graph after the other."""
+
+    sizes: np.ndarray  # [graphs]: nodes
+    degrees: np.ndarray  # [graphs]: directed edges
+    edges: np.ndarray  # [2, edges]: from, to; numbers within the graph
+    features: np.ndarray  # [edges, 9]
+    centre: np.ndarray  # [graphs]: number within the graph
+    species: np.ndarray  # [graphs]: NCBI taxon
+    labels: np.ndarray  # [graphs, tasks]: 0 or 1
+
+
+def prepare_graphs(folder: Path, pieces, terms: list[str], finetune_terms: int) -> dict:
+    """Writes `RawGraphs` in the prepared layout; the folder gets its name when it is whole.
+
+    Args:
+        folder: where it goes; what is there is replaced.
+        pieces: an iterable of RawGraphs, so that a source need not be in memory at once.
+        terms: names of the tasks.
+        finetune_terms: the last so many of them are FT tasks; 0: they are drawn by seed.
+
+    Returns:
+        What about.json says: counts and names.
+
+    Raises:
+        BadInput: a graph that cannot be.
+    """
+    part, counts = folder.with_name(folder.name + ".part"), {"graphs": 0, "nodes": 0, "edges": 0}
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context((part / f"{name}.bin").open("wb")) for name in PPI_ARRAYS}
+        for piece in pieces:
+            arrays = flatten_graphs(piece, counts["graphs"], len(terms))
+            for name, values in arrays.items():
+                values.astype(PPI_ARRAYS[name][0]).tofile(files[name])
+            for name, n in (("graphs", len(piece.sizes)), ("nodes", piece.sizes.sum()), ("edges", piece.degrees.sum())):
+                counts[name] += int(n)
+    about = {"format": PPI_FORMAT, **counts, "tasks": len(terms), "finetune_terms": finetune_terms, "terms": terms}
+    save_json(part / "about.json", about)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
+    return about
+
+
+def flatten_graphs(raw: RawGraphs, before: int, tasks: int) -> dict[str, np.ndarray]:
+    """The arrays of the prepared layout, after checks; `before`: graphs before these, to say which one is wrong."""
+    graph = np.repeat(np.arange(len(raw.sizes)), raw.degrees)
+    first = (raw.sizes.cumsum() - raw.sizes)[graph]
+    source, target = raw.edges
+
+    def require(right, what, graphs=None):
+        if not right.all():
+            wrong = np.flatnonzero(~right)[0]
+            raise BadInput(f"graph {before + (wrong if graphs is None else graphs[wrong])}: {what}")
+
+    require((raw.sizes > 0) & (raw.sizes < 2**16), "it has no nodes, or more than 65,535")
+    require((raw.centre >= 0) & (raw.centre < raw.sizes), "its centre is none of its nodes")
+    require((raw.edges.min(0) >= 0) & (raw.edges.max(0) < raw.sizes[graph]), "an edge leaves the graph", graph)
+    require(((raw.labels == 0) | (raw.labels == 1)).all(1), "a label is neither 0 nor 1")
+    require(np.isfinite(raw.features).all(1), "an edge feature is not finite", graph)
+    if raw.labels.shape[1] != tasks or raw.features.shape[1] != 9:
+        raise BadInput(f"{raw.labels.shape[1]} labels and {raw.features.shape[1]} edge features, not {tasks} and 9")
+    order = np.lexsort((source, first + target))
+    other = np.lexsort((target, first + source))
+    there_and_back = ((first + target)[order] == (first + source)[other]) & (source[order] == target[other])
+    require(there_and_back, "an edge has no counterpart in the other direction", graph[order])
+    sums = torch.zeros(int(raw.sizes.sum()), 10)
+    sums[:, 7] = sums[:, 9] = 1  # the self-loop: feature 7
+    columns = np.concatenate([raw.features, np.ones((len(target), 1))], 1).astype(np.float32)
+    sums.index_add_(0, torch.from_numpy(first + target), torch.from_numpy(columns))
+    return {"sizes": raw.sizes, "degrees": raw.degrees, "centre": raw.centre, "species": raw.species,
+            "labels": np.packbits(raw.labels.astype(bool), axis=1, bitorder="little"), "sums": sums.numpy(),
+            "source": source[order]}  # fmt: skip
+
+
+class PygData:
+    """What a PyG 1.0 `Data` object is restored to: its attributes, none of its code."""
+
+
+def read_pyg(path: Path) -> tuple[dict, dict]:
+    """(attributes, slices) of a pickle `(data, slices)` of torch.save, old container or zip, without running its code.
+
+    Raises:
+        BadInput: it cannot be read, or it asks for any class or function but PyG's `Data`, which is named.
+    """
+    allowed = [(PygData, "torch_geometric.data.data.Data")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            data, slices = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if not isinstance(data, PygData) or not isinstance(slices, dict):
+            raise TypeError("it is no pair of a Data object and slices")
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing") from None
+    except Exception as error:  # noqa: BLE001 (torch raises half a dozen types for files that are torn or hostile)
+        name = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
+            r"(?:class|global|function) ([\w.]+\.\w+)", str(error)
+        )
+        reason = (
+            f"it asks for {name[1]}" if name else (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        )
+        raise BadInput(f"{path} is not a data set of Hu et al.: {reason}") from None
+    return vars(data), slices
+
+
+def published_graphs(data: dict, slices: dict, at_once: int = 4096):
+    """RawGraphs from the attributes of a collated PyG data set; the centre's number is within its own graph."""
+    try:
+        graphs = len(slices["edge_index"]) - 1
+        for begin in range(0, graphs, at_once):
+            end = min(begin + at_once, graphs)
+
+            def cut(name, dim=0, begin=begin, end=end):
+                low, high = int(slices[name][begin]), int(slices[name][end])
+                return data[name].narrow(dim, low, high - low).numpy()
+
+            sizes, degrees = (slices[n][begin : end + 1].diff().numpy() for n in ("x", "edge_index"))
+            labels = [cut(f"go_target_{name}").reshape(end - begin, -1) for name in ("pretrain", "downstream")]
+            yield RawGraphs(sizes, degrees, cut("edge_index", 1), cut("edge_attr"), cut("center_node_idx").reshape(-1),
+                            cut("species_id").reshape(-1), np.concatenate(labels, 1))  # fmt: skip
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"the data set is not laid out as Hu et al.'s: {type(error).__name__} {error}") from None
+
+
+def prepare_published(source: Path, folder: Path) -> dict:
+    """The benchmark of Hu et al. from its zip, its unpacked folder or the file itself, into the prepared layout."""
+    if source.is_dir():
+        found = [*source.glob("bio_dataset.zip"), *sorted(source.rglob(PPI_FILE))]
+        if not found:
+            raise BadInput(f"{source} holds neither bio_dataset.zip nor {PPI_FILE}")
+        source = found[-1]
+    if not source.is_file():
+        raise BadInput(f"{source} is missing")
+    unpacked = None
+    if source.suffix == ".zip":
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unpacked = source = unzip_published(source, folder.parent / "geometric_data_processed.pt")
+    try:
+        data, slices = read_pyg(source)
+        counts = [len(data[f"go_target_{n}"]) // (len(slices["x"]) - 1) for n in ("pretrain", "downstream")]
+        terms = [f"PT task {i}" for i in range(counts[0])] + [f"FT task {i}" for i in range(counts[1])]
+        return prepare_graphs(folder, published_graphs(data, slices), terms, counts[1])
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise BadInput(f"{source} is not laid out as Hu et al.'s: {type(error).__name__} {error}") from None
+    finally:
+        if unpacked is not None:
+            unpacked.unlink()
+
+
+def unzip_published(archive: Path, path: Path) -> Path:
+    """Takes the one file that is needed out of the zip (which checks its CRC) and leaves the rest where it is."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with zipfile.ZipFile(archive) as content:
+            names = content.namelist()
+            if out := [
+                n for n in names if n.startswith(("/", "\\")) or ".." in Path(n.replace("\\", "/")).parts or ":" in n
+            ]:
+                raise BadInput(f"{archive} holds {out[0]!r}, which leaves the folder")
+            if not (found := [n for n in names if n.endswith(PPI_FILE)]):
+                raise BadInput(f"{archive} holds no {PPI_FILE}")
+            enough_space(path.parent, 2 * content.getinfo(found[0]).file_size)
+            with content.open(found[0]) as member, part.open("wb") as file:
+                shutil.copyfileobj(member, file, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+        part.unlink(missing_ok=True)
+        raise BadInput(f"{archive} is not a whole zip file: {error}") from None
+    part.replace(path)
+    return path
+
+
+def enough_space(folder: Path, needed: int) -> None:
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise BadInput(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+
+
+def prepare_string(source: Path, folder: Path, cap: int = 64, species: int = 4932) -> dict:
+    """Ego networks of radius 1 from STRING's evidence networks and GO annotation, into the prepared layout.
+
+    Args:
+        source: a folder (or one whose `original/` does) with *_<channel>_*.txt: "u v score", nodes numbered from 1;
+            *_node_dict.txt: {protein: node − 1}; org_*.txt: tab-separated, a protein a row, a GO term a column, 0 or 1.
+            Any of them may be gzip-compressed. A channel without a file is zero throughout.
+        folder: where the graphs go.
+        cap: of more neighbours than would make this many nodes, those with the highest total score stay.
+        species: NCBI taxon.
+
+    Raises:
+        BadInput: a file is missing or not what it should be.
+    """
+    source = source / "original" if (source / "original").is_dir() else source
+
+    def find(pattern):
+        return sorted([*source.glob(pattern + ".txt"), *source.glob(pattern + ".txt.gz")])
+
+    def text(path):
+        return (gzip.open if path.suffix == ".gz" else open)(path, "rt")
+
+    if not (dictionary := find("*node_dict")) or not (matrices := find("org_*")) or not find("Org*_*_*"):
+        raise BadInput(f"{source} holds no *_node_dict.txt, no org_*.txt or no Org*_<channel>_*.txt")
+    terms, columns, scores = [], [], {}
+    try:
+        path = dictionary[0]
+        with text(path) as file:
+            node_of = ast.literal_eval(file.read())
+        proteins = max(node_of.values()) + 1
+        for channel in CHANNELS:
+            for path in find(f"Org*_{channel}_*"):
+                with text(path) as file:
+                    u, v, score = np.loadtxt(file, unpack=True, ndmin=2)
+                scores[channel] = (u.astype(np.int64) - 1) * proteins + v.astype(np.int64) - 1, score
+                if min(u.min(), v.min()) < 1 or max(u.max(), v.max()) > proteins or (u == v).any():
+                    raise ValueError("a link to itself, or to a node that the dictionary does not have")
+        for path in matrices:
+            with text(path) as file:
+                names = file.readline().split()[1:]
+                rows = [row for row in map(str.split, file) if row[0] in node_of]  # others have no links
+            table = np.zeros((proteins, len(names)), np.uint8)
+            table[[node_of[row[0]] for row in rows]] = np.array([row[1:] for row in rows], np.uint8)
+            terms, columns = terms + names, [*columns, table]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError, IndexError) as error:
+        raise BadInput(f"{path} cannot be read: {type(error).__name__} {error}") from None
+
+    keys = np.unique(np.concatenate([key for key, _ in scores.values()]))  # sorted by u, then v
+    u, v = keys // proteins, keys % proteins
+    features, strength = np.zeros((len(keys), 9), np.float32), np.zeros(len(keys))
+    for channel, (key, score) in scores.items():
+        place = np.searchsorted(keys, key)
+        features[place, CHANNELS.index(channel)] = score > 0
+        strength[place] += score
+    first = np.searchsorted(u, np.arange(proteins + 1))
+    centres = np.flatnonzero(np.diff(first))
+    position, sizes, degrees, edges, kept_edges = np.full(proteins, -1), [], [], [], []
+    for centre in centres:
+        own = np.arange(first[centre], first[centre + 1])
+        own = np.sort(own[np.argsort(-strength[own], kind="stable")[: cap - 1]])
+        nodes = np.concatenate([[centre], v[own]])
+        position[nodes] = np.arange(len(nodes))
+        inside = np.concatenate([np.arange(first[n], first[n + 1]) for n in nodes])
+        inside = inside[position[v[inside]] >= 0]
+        edges.append(position[np.stack([u[inside], v[inside]])])
+        kept_edges.append(inside)
+        sizes.append(len(nodes))
+        degrees.append(len(inside))
+        position[nodes] = -1
+    raw = RawGraphs(np.array(sizes), np.array(degrees), np.concatenate(edges, 1), features[np.concatenate(kept_edges)],
+                    np.zeros(len(centres), np.int64), np.full(len(centres), species),
+                    np.concatenate(columns, 1)[centres])  # fmt: skip
+    return prepare_graphs(folder, [raw], terms, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -951,6 +1386,17 @@ class Settings:
     kick_deg: float = _option(0.0, "Noise on φ after a meta step at the start; it fades in the first round", "rotation")
     noise: float = _option(0.5, "Share of the PT examples with a wrong label", "noise")
     dropout: float = _option(0.0, "Share of the input that PT does not get to see")
+    source: str = _option("", "published or string-yeast; without it, the one that has been prepared", "ppi")
+    width: int = _option(300, "Width of the GIN", "ppi")
+    layers: int = _option(5, "Layers of the GIN", "ppi")
+    method: str = _option(
+        "supervised", "PT tasks alone (supervised), with FT tasks (cotrain), or pcgrad of both", "ppi"
+    )
+    ft_share: float = _option(1.0, "Share of the FT data that can be had before FT", "ppi")
+    unseen_tasks: int = _option(0, "FT tasks that nothing before FT may see; FT is scored on them alone", "ppi")
+    fold: int = _option(0, "Which of the FT tasks are unseen: the fold-th of so many", "ppi")
+    select: int = _option(0, "PT tasks chosen an episode; 0: all, weighted", "ppi")
+    agnostic: bool = _option(False, "φ is learned from PT tasks left out of an episode, without FT data", "ppi")
     compare_lr: float = _option(1e-2, "Learning rate of the FT that measures an encoder")
     finetune_steps: int = _option(500, "Steps of the FT that measures an encoder")
     compare: int = _option(3, "Seeds of the closing comparison; 0: none")
@@ -966,6 +1412,14 @@ class Settings:
             self._check(getattr(self, name) > 0, name, "positive")
         for name in ("noise", "dropout", "q_momentum"):
             self._check(0 <= getattr(self, name) < 1, name, "at least 0 and less than 1")
+        for name in ("width", "layers"):
+            self._check(getattr(self, name) >= 1, name, "1 or more")
+        for name in ("unseen_tasks", "fold", "select"):
+            self._check(getattr(self, name) >= 0, name, "0 or more")
+        self._check(self.source in ("", *PPI_SOURCES), "source", " or ".join(PPI_SOURCES))
+        self._check(self.method in ("supervised", "cotrain", "pcgrad"), "method", "supervised, cotrain or pcgrad")
+        self._check(0 < self.ft_share <= 1, "ft_share", "more than 0 and at most 1")
+        self._check(not self.agnostic or self.select, "agnostic", "False without --select")
         self._check(0 <= self.average <= 1, "average", "between 0 and 1")
         self._check(self.warmup <= self.steps, "warmup", f"at most the {self.steps} steps")
         for name, value in dataclasses.asdict(self).items():
@@ -1018,6 +1472,7 @@ class Domain:
     presets: ClassVar[dict[str, dict]] = {"default": {}}  # by name: settings that differ from the defaults
     sizes: dict[str, int]  # examples in each part: pretrain, finetune, validation, test
     finetune_sizes: tuple[int, ...]  # numbers of FT examples that reports show
+    access: ClassVar[dict[str, int]] = {}  # parts of which nothing before FT may see more than so many examples
 
     def network(self) -> Network:
         """θ, freshly drawn."""
@@ -1055,6 +1510,17 @@ class Domain:
 
     def explore(self, meta: nn.Module, progress: float) -> None:
         """Noise on φ after a meta step, where a domain wants it."""
+
+    def begin_episode(self, meta: nn.Module) -> None:
+        """Called before the P PT steps that belong to one meta step."""
+
+    def backward(self, value: Tensor, theta: Params) -> None:
+        """From the PT loss to the gradient of θ."""
+        value.backward()
+
+    def transfer(self, network: Network) -> Network:
+        """A network in the mode in which FT moves all of it."""
+        return network.eval()
 
     def measure(self, meta: nn.Module) -> dict[str, float]:
         """What a person wants to see of φ."""
@@ -1245,9 +1711,218 @@ class Noise(ImageDomain):
         plot_weights(self.weights(meta).numpy(), self.noisy.numpy(), folder / "weights.png")
 
 
+HUMAN = 9606
+
+
+class PPI(Domain):
+    """PT: many GO terms of a protein, from the graph of its interactions. FT: 40 other terms. φ: a weight a PT task.
+
+    Parts, drawn by seed (Hu et al., ICLR 2020): test proteins are the human ones, or 30 % where there is one species,
+    stratified by their rarest FT term. Half of them ("broad") join PT, the other half, unseen, is what is scored. All
+    other proteins are PT's, and FT's as well: 85 % to train, 15 % to validate.
+    """
+
+    metric = "mean AUROC"
+    presets: ClassVar = {
+        "default": {
+            "width": 64, "layers": 3, "steps": 800, "warmup": 100, "dropout": 0.2, "finetune_lr": 1e-3, "meta_lr": 0.1,
+            "meta_batch_size": 128, "solver": "cg", "terms": 3, "damping": 1.0, "compare": 2,
+        },
+        # 100 epochs of the published PT set in batches of 32, about one of them as warm-up.
+        "paper": {
+            **PUBLISHED, "steps": 250_000, "warmup": 2_500, "batch_size": 32, "meta_batch_size": 32, "dropout": 0.2,
+            "finetune_batch_size": 32, "validation_batch_size": 32, "lr": 1e-4, "alpha": 1e-4, "finetune_lr": 1e-4,
+            "meta_lr": 1.0, "compare_lr": 1e-4,
+        },
+    }  # fmt: skip
+
+    def __init__(self, source: str, settings: Settings, device: torch.device, data: Path):
+        self.settings, self.device = settings, device
+        sources = [settings.source] if settings.source else PPI_SOURCES
+        folders = [data / "ppi" / name for name in sources]
+        folder = next((f for f in folders if (f / "about.json").exists()), folders[-1])
+        self.graphs = graphs = Graphs(folder, device)
+        labels = np.unpackbits(graphs.bits.cpu().numpy(), axis=1, count=graphs.about["tasks"], bitorder="little")
+        random = np.random.default_rng(settings.seed)
+        self.pretrain_tasks, self.finetune_tasks = divide_tasks(labels, graphs.about["finetune_terms"], random)
+        self.rows = divide_graphs(labels[:, self.finetune_tasks], graphs.species.cpu().numpy(), random)
+        self.rows = {part: torch.from_numpy(rows).to(device) for part, rows in self.rows.items()}
+        self.positives = labels[self.rows["pretrain"].cpu().numpy()].sum(0)[self.pretrain_tasks]
+        self.sizes = {part: len(rows) for part, rows in self.rows.items()}
+        self.access = {p: max(1, round(settings.ft_share * self.sizes[p])) for p in ("finetune", "validation")}
+        self.finetune_sizes = (self.sizes["finetune"] // 8, self.sizes["finetune"])
+        tasks, unseen = np.arange(len(self.finetune_tasks)), settings.unseen_tasks
+        self.scored = tasks[settings.fold * unseen :][:unseen] if unseen else tasks
+        self.seen = np.setdiff1d(tasks, self.scored) if unseen else tasks
+        settings._check(len(self.seen) and len(self.scored) == (unseen or len(tasks)), "unseen_tasks",
+                        f"less than the {len(tasks)} FT tasks, and a --fold that there is")  # fmt: skip
+        settings._check(settings.select < len(self.pretrain_tasks), "select",
+                        f"less than the {len(self.pretrain_tasks)} PT tasks")  # fmt: skip
+        self.labelled = torch.zeros(
+            len(graphs.sizes), dtype=torch.bool, device=device
+        )  # what CoTrain sees FT labels of
+        self.labelled[self.rows["finetune"][: self.access["finetune"]]] = True
+        self.chosen = None  # PT tasks of this episode, bool; None: all
+
+    def network(self):
+        encoder = GIN(self.settings.width, self.settings.layers, self.settings.dropout)
+        outputs = len(self.pretrain_tasks) + (self.settings.method != "supervised") * len(self.seen)
+        network = Network(encoder, nn.Linear(2 * self.settings.width, outputs)).to(self.device)
+        # BatchNorm's statistics from data at once: an encoder without PT is a baseline, not an overflow.
+        norms = [layer.norm for layer in encoder.layers]
+        with torch.no_grad():
+            for norm in norms:
+                norm.momentum = 1.0
+            network(self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)))
+            for norm in norms:
+                norm.momentum = 0.1
+        return network
+
+    def head(self):
+        """40 FT tasks; where φ is learned without them, the PT tasks after these."""
+        outputs = len(self.finetune_tasks) + self.settings.agnostic * len(self.pretrain_tasks)
+        return nn.Linear(2 * self.settings.width, outputs).to(self.device)
+
+    def meta(self):
+        return TaskWeights(len(self.pretrain_tasks)).to(self.device)
+
+    def random_meta(self):
+        meta = self.meta()
+        nn.init.normal_(meta.task_logits)
+        return meta
+
+    def begin_episode(self, meta):
+        if self.settings.select:
+            self.chosen = meta.draw(self.settings.select)
+
+    def pretrain_loss(self, network, meta, index, progress, live=False):
+        """Σ_t 2σ(φ_t)·BCE_t / T; "cotrain" adds the FT tasks' mean BCE over the graphs with FT labels that it may see."""
+        rows = self.rows["pretrain"][index]
+        batch, labels = self.graphs.batch(rows), self.graphs.labels(rows)
+        known, chosen, tasks = self.labelled[rows], self.chosen, len(self.pretrain_tasks)
+        targets = labels[:, self.pretrain_tasks]
+        others = labels[:, self.finetune_tasks[self.seen]][known]
+
+        def loss(theta, phi):
+            outputs = call(network, theta, batch, train=True, live=live)
+            losses = F.binary_cross_entropy_with_logits(outputs[:, :tasks], targets, reduction="none").mean(0)
+            value = call(meta, phi, losses, chosen)
+            if self.settings.method == "supervised":
+                return value
+            second = F.binary_cross_entropy_with_logits(outputs[known, tasks:], others, reduction="sum")
+            both = torch.stack([value, second / max(1, others.numel())])
+            return both if self.settings.method == "pcgrad" else both.sum()
+
+        return loss
+
+    def backward(self, value, theta):
+        """PCGrad (Yu et al., NeurIPS 2020): each of two gradients loses what of it goes against the other."""
+        if value.dim() == 0:
+            return super().backward(value, theta)
+        a, b = (_flat(_grad(part, theta, retain_graph=True)) for part in value)
+        if (dot := a @ b) < 0:
+            a, b = a - dot / (b @ b) * b, b - dot / (a @ a) * a
+        for name, gradient in _unflat(a + b, theta).items():
+            theta[name].grad = gradient
+
+    def transfer(self, network):
+        network.encoder.dropout = 0.5
+        return network.train()
+
+    def inputs(self, part, index):
+        return self.graphs.batch(self.rows[part][index])
+
+    def targets(self, part, index):
+        return self.graphs.labels(self.rows[part][index])[:, self.finetune_tasks]
+
+    def loss(self, outputs, targets):
+        return F.binary_cross_entropy_with_logits(outputs[:, self.scored], targets[:, self.scored])
+
+    def score(self, outputs, targets):
+        return mean_auroc(outputs[:, self.scored], targets[:, self.scored])
+
+    def finetune_loss(self, network, head, part, index):
+        """As before FT: over the FT tasks that may be seen, or over the PT tasks that this episode left out."""
+        labels = self.graphs.labels(self.rows[part][index])
+        if self.settings.agnostic:
+            tasks = torch.arange(len(self.pretrain_tasks)) if self.chosen is None else (~self.chosen).nonzero()[:, 0]
+            columns, targets = len(self.finetune_tasks) + tasks, labels[:, self.pretrain_tasks][:, tasks]
+        else:
+            columns, targets = self.seen, labels[:, self.finetune_tasks[self.seen]]
+        batch = self.inputs(part, index)
+
+        def loss(theta, psi):
+            outputs = call(head, psi, call(network, theta, batch, features=True))
+            return F.binary_cross_entropy_with_logits(outputs[:, columns], targets)
+
+        return loss
+
+    def measure(self, meta):
+        return {"task_weight_spread": meta.weights().detach().std().item()}
+
+    def facts(self, meta):
+        return {"human_half": "unseen"} if len(set(self.graphs.species.tolist())) > 1 else {}
+
+    def figures(self, meta, folder):
+        names = [self.graphs.about["terms"][i] for i in self.pretrain_tasks]
+        plot_tasks(meta.weights().detach().cpu().numpy(), names, self.positives, folder / "tasks.png")
+
+
+def divide_tasks(
+    labels: np.ndarray, fixed: int, random, few: int = 60, wanted: int = 40
+) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of the PT and of the FT tasks: the last `fixed` are FT's, or 40 drawn of those with 60 positives."""
+    tasks = np.arange(labels.shape[1])
+    often = np.flatnonzero(labels.sum(0) >= few)
+    if not fixed and len(often) <= wanted:
+        raise BadInput(f"{len(often)} GO terms have {few} positives or more: too few to draw {wanted} FT tasks from")
+    chosen = tasks[-fixed:] if fixed else np.sort(random.permutation(often)[:wanted])
+    return np.setdiff1d(tasks, chosen), random.permutation(chosen)
+
+
+def divide_graphs(labels: np.ndarray, species: np.ndarray, random) -> dict[str, np.ndarray]:
+    """Rows of the parts; `labels` are those of the FT tasks. See `PPI`."""
+    from sklearn.model_selection import train_test_split
+
+    def stratified(rows, share):
+        rarest = np.where(labels[rows], labels.sum(0), len(labels) + 1)
+        group = np.where(labels[rows].any(1), rarest.argmin(1), -1)
+        group[np.isin(group, [g for g in set(group) if (group == g).sum() < 10])] = -1
+        return train_test_split(rows, test_size=share, stratify=group, random_state=int(random.integers(2**31)))
+
+    everything = np.arange(len(labels))
+    if len(set(species)) > 1:
+        rest, test = everything[species != HUMAN], everything[species == HUMAN]
+        if not len(test) or not len(rest):
+            raise BadInput(f"graphs of several species without human ({HUMAN}), which is the test species")
+        test, rest = random.permutation(test), random.permutation(rest)
+        broad, unseen = np.array_split(test, 2)
+        train, validation = np.split(rest, [round(0.85 * len(rest))])
+    else:
+        rest, test = stratified(everything, 0.3)
+        broad, unseen = stratified(test, 0.5)
+        train, validation = stratified(rest, 0.15)
+    return {"pretrain": np.concatenate([rest, broad]), "finetune": train, "validation": validation, "test": unseen,
+            "broad": broad}  # fmt: skip
+
+
+def mean_auroc(scores: Tensor, labels: Tensor) -> float:
+    """Area under the ROC curve, ties counted half, averaged over the tasks that have both classes: [n, tasks] each."""
+    from scipy.stats import rankdata
+
+    labels = labels.cpu().numpy() > 0.5
+    positive, negative = labels.sum(0), (~labels).sum(0)
+    both = (positive > 0) & (negative > 0)
+    ranks = rankdata(scores.detach().cpu().numpy()[:, both], axis=0)
+    positive, negative = positive[both], negative[both]
+    above = (ranks * labels[:, both]).sum(0) - positive * (positive + 1) / 2
+    return float((above / (positive * negative)).mean()) if both.any() else math.nan
+
+
 DOMAINS = {
     f"{source}-{kind.__name__.lower()}": (kind, source) for source in ("digits", "mnist") for kind in (Rotation, Noise)
 }
+DOMAINS |= {"ppi": (PPI, "ppi")}
 
 
 def settings_of(domain: str, given: dict, preset: str = "default") -> Settings:
@@ -1335,7 +2010,7 @@ class Learner:
         batches = {"pretrain": settings.batch_size, "meta": settings.meta_batch_size}
         batches |= {"finetune": settings.finetune_batch_size, "validation": settings.validation_batch_size}
         device = next(self.network.parameters()).device
-        sizes = {**domain.sizes, "meta": domain.sizes["pretrain"]}
+        sizes = {**domain.sizes, "meta": domain.sizes["pretrain"], **domain.access}
         self.streams = {name: Stream(sizes[name], batches[name], device) for name in self.STREAMS}
         self.ft_state = {}
         self.q = self.q_before = self.alpha = None  # what one solve hands to the next
@@ -1350,7 +2025,7 @@ class Learner:
         loss = self.domain.pretrain_loss(self.network, self.meta, self.streams["pretrain"].next(), progress, live=True)
         value = loss(theta, phi)
         self.optimizer.zero_grad()
-        value.backward()
+        self.domain.backward(value, theta)
         self.optimizer.step()
 
         loss = self.domain.finetune_loss(self.network, self.head, "finetune", self.streams["finetune"].next())
@@ -1363,7 +2038,7 @@ class Learner:
         self.psi = _group(moved, "psi")
         if self.settings.scope == "head":
             self.ft_state = state
-        self.losses |= {"pretrain_loss": value.detach(), "finetune_loss": head_value.detach()}
+        self.losses |= {"pretrain_loss": value.detach().sum(), "finetune_loss": head_value.detach()}
 
     def meta_step(self, progress: float) -> None:
         """K unrolled FT steps, the hypergradient, one step on φ. Without a finite hypergradient φ stays as it is.
@@ -1506,6 +2181,7 @@ class Training:
             whole = until - self.step == settings.meta_every and self.step >= settings.warmup
             meta = self.learn and whole
             for learner in self.learners:
+                self.domain.begin_episode(learner.meta)
                 for step in range(self.step, until - (meta and settings.share_pass)):
                     learner.pretrain_step(self._progress(step))
                 if meta:
@@ -1597,6 +2273,7 @@ def finetune(
 
     @torch.no_grad()
     def measured(part):
+        network.eval()
         rows = torch.arange(len(index[part]), device=device)
         return torch.cat([outputs(part, i) for i in rows.split(2048)]), domain.targets(part, index[part])
 
@@ -1606,6 +2283,8 @@ def finetune(
     looks = {round(look * steps / 25) for look in range(1, 26)}
     for step in range(1, steps + 1):
         rows = batches.next()
+        if scope == "all":
+            domain.transfer(network)
         loss = domain.loss(outputs("finetune", rows), domain.targets("finetune", index["finetune"][rows]))
         optimizer.zero_grad()
         loss.backward()
@@ -1874,6 +2553,7 @@ def plot_phi(history: list[dict], survivor: int, folder: Path) -> None:
 
 
 PHI_AXES = {
+    "task_weight_spread": ("standard deviation of the task weights", "linear"),
     "rotation_mean_deg": ("mean rotation φ (degrees)", "linear"),
     "clean_to_noisy_weight_ratio": ("weight of clean / of noisy examples", "log"),
 }
@@ -1924,6 +2604,21 @@ def plot_weights(weights: np.ndarray, noisy: np.ndarray, path: Path) -> None:
         axis.hist(weights[noisy], bins, alpha=0.7, color="C3", label="wrong label")
         axis.set(xscale="log", xlabel="weight that φ gives", ylabel="PT examples")
         axis.legend()
+
+
+def plot_tasks(weights: np.ndarray, names: list[str], positives: np.ndarray, path: Path, shown: int = 12) -> None:
+    """Left: the PT tasks with the highest and the lowest weights, by name. Right: weight by number of positives."""
+    order = weights.argsort()
+    shown = min(shown, len(order) // 2)
+    rows = np.concatenate([order[:shown], order[len(order) - shown :]])
+    with figure(path, panels=2) as (axis, other):
+        axis.figure.set_size_inches(7, 0.14 * len(rows) + 1)
+        axis.barh(range(len(rows)), weights[rows] - 1, color=["C0"] * shown + ["C3"] * shown, left=1)
+        axis.set_yticks(range(len(rows)), [names[i] for i in rows], fontsize=6)
+        axis.axvline(1, color="0.5", lw=0.6)
+        axis.set(xlabel="weight of the PT task (it begins at 1)")
+        other.plot(positives, weights, ".", ms=2, color="0.5")
+        other.set(xscale="log", xlabel="proteins with the term in the PT part", ylabel="weight")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1979,17 +2674,21 @@ FtSteps = Annotated[
 
 @app.command()
 def download(
-    dataset: Annotated[str, typer.Argument(help="mnist")],
+    dataset: Annotated[str, typer.Argument(help="mnist or ppi")],
     data: Data = Path("data"),
     url: Annotated[str | None, typer.Option(help="A mirror to fetch it from, in place of its own address")] = None,
     source: Annotated[Path | None, typer.Option("--from", help="A folder that holds the files already")] = None,
+    kind: Annotated[str | None, typer.Option("--source", help="ppi: published or string-yeast")] = None,
 ):
     """Fetch a data set, or take it from a folder; every file is verified, an interrupted download goes on."""
     if dataset not in DATASETS:
         raise BadInput(
             f"{dataset!r} cannot be downloaded; there is {', '.join(DATASETS)} (the digits need no download)"
         )
-    DATASETS[dataset](data, url, source, rich.console.Console())
+    if kind is not None and (dataset != "ppi" or kind not in PPI_SOURCES):
+        raise BadInput(f"--source is {kind!r}; it belongs to ppi, which has {' and '.join(PPI_SOURCES)}")
+    options = {"kind": kind} if kind else {}
+    DATASETS[dataset](data, url, source, rich.console.Console(), **options)
 
 
 def download_mnist(data: Path, url: str | None, source: Path | None, console) -> None:
@@ -2008,7 +2707,30 @@ def download_mnist(data: Path, url: str | None, source: Path | None, console) ->
     console.print(f"{len(MNIST_SHA256)} files verified in {data / 'mnist'}")
 
 
-DATASETS = {"mnist": download_mnist}
+def download_ppi(data: Path, url: str | None, source: Path | None, console, kind: str = "published") -> None:
+    """The published benchmark from the network, a zip, a folder or the .pt itself; or STRING's files from a folder."""
+    folder, begun = data / "ppi" / kind, time.perf_counter()
+    if kind == "string-yeast":
+        if source is None or url is not None:
+            raise BadInput("--source string-yeast takes STRING's and GO's files from a folder: name it with --from")
+        about = prepare_string(source, folder)
+    else:
+        if source is None:
+            source = data / "ppi" / "bio_dataset.zip"
+            with rich.progress.Progress(console=console) as bars:
+                bar = bars.add_task(source.name, total=None)
+
+                def advance(done: int, total: int | None) -> None:
+                    enough_space(data, (total or 0) - done)
+                    bars.update(bar, completed=done, total=total)
+
+                fetch(url or PPI_URL, source, None, advance)
+        about = prepare_published(source, folder)
+    console.print(f"{about['graphs']} graphs, {about['nodes']} nodes and {about['edges']} directed edges, {about['tasks']} "
+                  f"tasks in {folder} ({time.perf_counter() - begun:.0f} s)")  # fmt: skip
+
+
+DATASETS = {"mnist": download_mnist, "ppi": download_ppi}
 
 
 @app.command()
@@ -2073,6 +2795,8 @@ def train(command, domain_name, given, preset, epochs, device, data, out, resume
     else:
         domain_name = domain_name or "digits-rotation"
         settings = settings_of(domain_name, given, preset)
+        if command == "meta" and settings.method != "supervised":
+            raise BadInput(f"--method {settings.method} belongs to pretrain: meta learns the weights of PT tasks alone")
         domain = make_domain(domain_name, settings, device, data)
         if epochs is not None:
             if "steps" in given or epochs < 1:
@@ -2383,6 +3107,9 @@ def measure_runs(
             raise BadInput(
                 f"{path} has other data than {paths[0]}: runs with the same --seed and --noise can be compared"
             )
+        for name in ("source", "unseen_tasks", "fold"):
+            if getattr(subject.settings, name) != getattr(first.settings, name):
+                raise BadInput(f"{path} has another --{name.replace('_', '-')} than {paths[0]}: other FT tasks")
     domain, sizes = first.domain, parse_sizes(sizes, first.domain)
     one_thread(first.domain_name)
     if export is not None and not export.parent.is_dir():

@@ -1,0 +1,80 @@
+"""The GIN of Hu et al. as published, on PyG: messages edge by edge. Slow; `GIN` in metapt.py is tested to equal it."""
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch_geometric.data import Batch, Data
+from torch_geometric.nn import MessagePassing, global_mean_pool
+
+import metapt
+
+
+class PlainLayer(MessagePassing):
+    """A layer with the parameters of a `metapt.GINLayer`."""
+
+    def __init__(self, layer: metapt.GINLayer):
+        super().__init__(aggr="add")
+        layer = copy.deepcopy(layer)
+        self.edge, self.mlp = layer.edge, nn.Sequential(layer.first, layer.norm, nn.ReLU(), layer.second)
+
+    def forward(self, x, edge_index, edge_attr):
+        loops = torch.arange(len(x), device=x.device)
+        loop_attr = edge_attr.new_zeros(len(x), 9)
+        loop_attr[:, 7] = 1
+        edge_index = torch.cat([edge_index, torch.stack([loops, loops])], 1)
+        return self.mlp(self.propagate(edge_index, x=x, edge_attr=self.edge(torch.cat([edge_attr, loop_attr]))))
+
+    def message(self, x_j, edge_attr):
+        return torch.cat([x_j, edge_attr], 1)
+
+
+class PlainGIN(nn.Module):
+    """The same function as the `metapt.GIN` whose parameters it copies."""
+
+    def __init__(self, gin: metapt.GIN):
+        super().__init__()
+        self.embedding = nn.Parameter(gin.embedding.detach().clone())
+        self.layers, self.dropout = nn.ModuleList(PlainLayer(layer) for layer in gin.layers), gin.dropout
+
+    def forward(self, data: Batch):
+        x = self.embedding.expand(data.num_nodes, -1)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, data.edge_index, data.edge_attr)
+            x = F.dropout(x.relu() if i + 1 < len(self.layers) else x, self.dropout, self.training)
+        first = data.ptr[:-1]
+        return torch.cat([global_mean_pool(x, data.batch), x[first + data.centre]], 1)
+
+    def in_order_of(self, gin: metapt.GIN) -> list[nn.Parameter]:
+        """Its parameters in the order of `gin.parameters()`."""
+        own = {"embedding": self.embedding}
+        for i, layer in enumerate(self.layers):
+            for name, module in zip(
+                ("first", "norm", "second"), (layer.mlp[0], layer.mlp[1], layer.mlp[3]), strict=True
+            ):
+                own |= {f"layers.{i}.{name}.{k}": p for k, p in module.named_parameters()}
+            own |= {f"layers.{i}.edge.{k}": p for k, p in layer.edge.named_parameters()}
+        return [own[name] for name, _ in gin.named_parameters()]
+
+
+def plain_graphs(raw: metapt.RawGraphs, index: np.ndarray, dtype=torch.float64) -> list[Data]:
+    ends = raw.degrees.cumsum()
+    out = []
+    for i in index:
+        e = slice(ends[i] - raw.degrees[i], ends[i])
+        out.append(
+            Data(
+                num_nodes=int(raw.sizes[i]),
+                edge_index=torch.from_numpy(raw.edges[:, e].astype(np.int64)),
+                edge_attr=torch.from_numpy(raw.features[e]).to(dtype),
+                centre=torch.tensor([int(raw.centre[i])]),
+                y=torch.from_numpy(raw.labels[i : i + 1]).to(dtype),
+            )
+        )
+    return out
+
+
+def plain_batch(raw: metapt.RawGraphs, index: np.ndarray, dtype=torch.float64) -> Batch:
+    return Batch.from_data_list(plain_graphs(raw, index, dtype))
