@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import itertools
 import os
 import pickle
 import subprocess
@@ -102,7 +103,7 @@ def test_preparing_in_pieces_gives_the_same_bytes(tmp_path):
     raw = prepared(tmp_path / "whole")
     cuts = [0, 1, 100, 300]
     pieces = []
-    for low, high in zip(cuts, cuts[1:], strict=False):
+    for low, high in itertools.pairwise(cuts):
         e = slice(raw.degrees[:low].sum(), raw.degrees[:high].sum())
         pieces.append(
             metapt.RawGraphs(
@@ -585,8 +586,8 @@ def test_phi_is_learned_without_what_it_may_not_see(home):
     for first, second in same:
         assert (first == second).all()
         assert first.abs().max() > 0.01
-    for options in ({"unseen_tasks": 10, "fold": 1}, {"ft_share": 0.5}, {"select": 8}):
-        first, second = relabelled(home, lambda d: d.finetune_tasks[d.seen], **options)
+    for given in ({"unseen_tasks": 10, "fold": 1}, {"ft_share": 0.5}, {"select": 8}):
+        first, second = relabelled(home, lambda d: d.finetune_tasks[d.seen], **given)
         assert (first != second).any()
 
 
