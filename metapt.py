@@ -1725,8 +1725,8 @@ class PPI(Domain):
     metric = "mean AUROC"
     presets: ClassVar = {
         "default": {
-            "width": 64, "layers": 3, "steps": 800, "warmup": 100, "dropout": 0.2, "finetune_lr": 1e-3, "meta_lr": 0.1,
-            "meta_batch_size": 128, "solver": "cg", "terms": 3, "damping": 1.0, "compare": 2,
+            **PUBLISHED, "width": 64, "layers": 3, "steps": 2000, "warmup": 100, "dropout": 0.2, "finetune_lr": 1e-3,
+            "meta_lr": 1.0, "meta_batch_size": 128, "compare": 2,
         },
         # 100 epochs of the published PT set in batches of 32, about one of them as warm-up.
         "paper": {

@@ -1,0 +1,187 @@
+"""The figures that README.md states of the PPI domain, made anew.
+
+    python -m bench.ppi study --seed 1      all methods on the yeast graphs, one seed (data/ppi must be there)
+    python -m bench.ppi report              tables and figures of all seeds that there are
+    python -m bench.ppi scale               generated graphs at the published averages: this against the published way
+
+Each writes what it found under bench/results as it goes. A seed draws everything: FT tasks, split, weights, batches.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import rich.console
+import torch
+import typer
+
+import metapt
+
+HERE = Path(__file__).parent
+DATA = Annotated[Path, typer.Option(help="Where downloaded data lie")]
+# Before FT: which FT data may be seen. FT itself has all labels of the tasks that it is scored on.
+ACCESS = {"full": {}, "half": {"ft_share": 0.5}, "unseen": {"unseen_tasks": 10}}
+PRETRAINED = {"supervised": {}, "cotrain": {"method": "cotrain"}, "pcgrad": {"method": "pcgrad"}}
+SELECT = 235  # a quarter of the PT tasks
+LEARNED = {"meta": {}, "aware": {"select": SELECT}, "agnostic": {"select": SELECT, "agnostic": True}}
+NAMES = {
+    "none": "no PT", "supervised": "supervised PT", "cotrain": "CoTrain", "pcgrad": "CoTrain + PCGrad",
+    "meta": "learned φ, θ of that run", "learned": "learned φ, PT afresh", "aware": "selection, downstream-aware",
+    "agnostic": "selection, downstream-agnostic",
+}  # fmt: skip
+DRAWS = 200  # of the bootstrap
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = rich.console.Console()
+
+
+def make(data: Path, seed: int, **given) -> metapt.PPI:
+    settings = metapt.settings_of("ppi", {"seed": seed, "source": "string-yeast", **given})
+    return metapt.make_domain("ppi", settings, metapt.pick_device("auto"), data)
+
+
+def measured(domain: metapt.PPI, network, examples: int, seed: int) -> tuple[float, list[float]]:
+    """Test mean AUROC after FT of a head, and the same on `DRAWS` bootstrap samples of the test proteins."""
+    kept = []
+    domain.score = lambda outputs, targets: (
+        kept.append((outputs, targets)) or type(domain).score(domain, outputs, targets)
+    )
+    result = metapt.finetune(domain, network, examples, seed, "head", domain.settings.compare_lr, 500)
+    del domain.score
+    outputs, targets = kept[-1]  # of the best look, which is what counts
+    random, n = np.random.default_rng(seed), len(outputs)  # the same proteins for every method
+    draws = [random.integers(0, n, n) for _ in range(DRAWS)]
+    return result.score, [round(domain.score(outputs[i], targets[i]), 5) for i in draws]
+
+
+@app.command()
+def study(
+    seed: Annotated[int, typer.Option(help="Of everything")] = 1,
+    steps: Annotated[int, typer.Option(help="PT steps")] = 1000,
+    data: DATA = Path("data"),
+):
+    """All methods, with full access to the FT data before FT, with half of them, and on FT tasks that were not seen."""
+    path, rows, weights = HERE / "results" / "ppi" / f"seed{seed}.json", [], {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    networks = {}
+
+    def trained(name, learn=False, phi=None, **given):
+        made, begun = make(data, seed, steps=steps, **given), time.perf_counter()
+        training = metapt.Training(made, made.settings, learn, phi).run()
+        console.print(f"seed {seed}, {name}: {time.perf_counter() - begun:.0f} s")
+        return made, training
+
+    def note(access, method, made, network):
+        for n in made.finetune_sizes:
+            score, draws = measured(made, network, n, seed)
+            rows.append(
+                {"access": access, "method": method, "ft_examples": n, "seed": seed, "auroc": score, "draws": draws}
+            )
+            console.print(f"  {access:6s} {method:10s} {n:5d} FT examples: {100 * score:.2f}")
+        metapt.save_json(
+            path, {"torch": torch.__version__, "steps": steps, "seed": seed, "weights": weights, "rows": rows}
+        )
+
+    for access, options in ACCESS.items():
+        options = {**options, **({"fold": seed % 4} if access == "unseen" else {})}
+        made = make(data, seed, **options)
+        if access == "full":
+            torch.manual_seed(seed)
+            networks["none"] = made.network()
+            networks["supervised"] = trained("supervised")[1].best.network
+            networks["agnostic"] = trained("agnostic", True, **LEARNED["agnostic"])[1].best.network
+        for method in ("none", "supervised", "agnostic"):  # these see no FT data before FT
+            if access != "half":
+                note(access, method, made, networks[method])
+        for method in ("cotrain", "pcgrad"):
+            note(access, method, made, trained(method, **options, **PRETRAINED[method])[1].best.network)
+        for method in ("meta", "aware"):
+            of, training = trained(method, True, **options, **LEARNED[method])
+            note(access, method, made, training.best.network)
+            if method == "meta":
+                phi = training.best.learned()
+                afresh = trained("learned", phi=phi.state_dict(), **options)[1]
+                if access == "full":
+                    terms = [of.graphs.about["terms"][i] for i in of.pretrain_tasks]
+                    weights.update(zip(terms, phi.weights().detach().numpy().round(4).tolist(), strict=True))
+                note(access, "learned", made, afresh.best.network)
+
+
+def found() -> tuple[list[dict], list[dict]]:
+    files = [json.loads(path.read_text()) for path in sorted((HERE / "results" / "ppi").glob("seed*.json"))]
+    rows = [row for file in files for row in file["rows"]]
+    # What sees no FT data before FT is the same with half of them.
+    rows += [
+        {**row, "access": "half"}
+        for row in rows
+        if row["access"] == "full" and row["method"] in ("none", "supervised", "agnostic")
+    ]
+    return files, rows
+
+
+@app.command()
+def report():
+    """Mean AUROC by method and access, and paired differences to supervised PT with 95 % intervals."""
+    files, rows = found()
+    summary = []
+    for small in (True, False):
+        for access in ACCESS:
+            cells = []
+            for method, label in NAMES.items():
+                chosen = {}
+                for row in rows:
+                    if row["access"] == access and row["method"] == method:
+                        smaller = row["ft_examples"] == min(r["ft_examples"] for r in rows if r["seed"] == row["seed"])
+                        if smaller == small:
+                            chosen[row["seed"]] = row
+                base = {r["seed"]: r for r in rows if r["access"] == access and r["method"] == "supervised"
+                        and r["ft_examples"] in {c["ft_examples"] for c in chosen.values()}}  # fmt: skip
+                seeds = sorted(chosen)
+                if not seeds:
+                    continue
+                scores = np.array([chosen[s]["auroc"] for s in seeds])
+                d = scores - np.array([base[s]["auroc"] for s in seeds])
+                # Proteins are resampled in each seed's test part, then the seeds averaged.
+                draws = np.mean([np.array(chosen[s]["draws"]) - np.array(base[s]["draws"]) for s in seeds], axis=0)
+                low, high = np.percentile(draws, [2.5, 97.5])
+                stderr = scores.std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else float("nan")
+                spread = d.std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else float("nan")
+                row = {"access": access, "method": method, "ft_examples": chosen[seeds[0]]["ft_examples"],
+                       "seeds": len(seeds), "mean": scores.mean(), "stderr": metapt.finite_or_none(stderr),
+                       "difference": d.mean(), "low": low, "high": high,
+                       "difference_stderr": metapt.finite_or_none(spread)}  # fmt: skip
+                summary.append({k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()})
+                cells.append([label, f"{100 * scores.mean():.1f} ± {100 * stderr:.1f}", f"{100 * d.mean():+.2f}",
+                              f"{100 * low:+.2f} … {100 * high:+.2f}", f"{100 * spread:.2f}", str(len(seeds))])  # fmt: skip
+            if cells:
+                title = f"Access: {access}; {'an eighth of' if small else 'all'} FT examples"
+                metapt.show_table(console, title, ["", "mean AUROC (%)", "− supervised", "95 % interval over proteins",
+                                                   "s.e. over seeds", "seeds"], cells)  # fmt: skip
+    metapt.save_json(HERE / "results" / "ppi.json", {"torch": torch.__version__, "rows": summary})
+    of_term = {}
+    for file in files:
+        for term, weight in file["weights"].items():
+            of_term.setdefault(term, []).append(weight)
+    known = {t: w for t, w in of_term.items() if len(w) > len(files) / 2}
+    if known:
+        draw_terms(known)
+
+
+def draw_terms(known: dict[str, list[float]], shown: int = 15) -> None:
+    names = json.loads((HERE / "go_names.json").read_text()) if (HERE / "go_names.json").exists() else {}
+    mean = {term: float(np.mean(w)) for term, w in known.items()}
+    order = sorted(mean, key=mean.get)
+    rows = [*order[:shown], *order[-shown:]]
+    with metapt.figure(HERE / "figures" / "ppi-terms.png") as (axis,):
+        axis.figure.set_size_inches(5.5, 5)
+        for i, term in enumerate(rows):
+            axis.plot(known[term], [i] * len(known[term]), ".", ms=3, color="0.6")
+            axis.plot(mean[term], i, "o", ms=4, color="C0" if i < shown else "C3")
+        axis.set_yticks(range(len(rows)), [f"{names.get(t, '')} {t}".strip() for t in rows], fontsize=6)
+        axis.axvline(1, color="0.5", lw=0.6)
+        axis.set(xlabel="weight of the PT task after the run (it begins at 1); grey: each seed")
+
+
+if __name__ == "__main__":
+    app()
