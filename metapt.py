@@ -1172,9 +1172,10 @@ def read_pyg(path: Path) -> tuple[dict, dict]:
     Raises:
         BadInput: it cannot be read, or it asks for any class or function but PyG's `Data`, which is named.
     """
-    allowed = [(PygData, "torch_geometric.data.data.Data")]
+    others = torch.serialization.get_safe_globals()  # an imported PyG has put its own Data there, under the same name
+    torch.serialization.clear_safe_globals()
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals([(PygData, "torch_geometric.data.data.Data")]):
             data, slices = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         if not isinstance(data, PygData) or not isinstance(slices, dict):
             raise TypeError("it is no pair of a Data object and slices")
@@ -1188,6 +1189,9 @@ def read_pyg(path: Path) -> tuple[dict, dict]:
             f"it asks for {name[1]}" if name else (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         )
         raise BadInput(f"{path} is not a data set of Hu et al.: {reason}") from None
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
     return vars(data), slices
 
 

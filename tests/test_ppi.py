@@ -272,7 +272,11 @@ def test_the_published_file_is_read_in_both_containers(tmp_path, new):
     raw = generated(**SEVERAL)
     published(tmp_path / "file.pt", raw, new)
     assert zipfile.is_zipfile(tmp_path / "file.pt") == new
+    import torch_geometric  # noqa: F401 (it allows torch its own class of that name, which must not come first)
+
+    allowed = torch.serialization.get_safe_globals()
     about = metapt.prepare_published(tmp_path / "file.pt", tmp_path / "g")
+    assert set(torch.serialization.get_safe_globals()) == set(allowed)
     prepared(tmp_path / "direct", 40, **SEVERAL)
     assert (about["graphs"], about["tasks"], about["finetune_terms"]) == (300, 60, 40)
     for name in metapt.PPI_ARRAYS:
