@@ -103,7 +103,7 @@ def study(
                 phi = training.best.learned()
                 afresh = trained("learned", phi=phi.state_dict(), **options)[1]
                 if access == "full":
-                    terms = [of.graphs.about["terms"][i] for i in of.pretrain_tasks]
+                    terms = [of.graphs.about["terms"][i] for i in of.pretrain_tasks.tolist()]
                     weights.update(zip(terms, phi.weights().detach().numpy().round(4).tolist(), strict=True))
                 note(access, "learned", made, afresh.best.network)
 
