@@ -1074,10 +1074,14 @@ class Graphs:
         graph = torch.arange(len(index), device=self.device).repeat_interleave(size)
         return GraphBatch(sums, source, incoming.cumsum(0) - incoming, graph, self.centre[index] + first, size)
 
-    def labels(self, index: Tensor) -> Tensor:
-        """0 or 1: [graphs, tasks]."""
-        bits = self.bits[index].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=self.device)
-        return (bits & 1).flatten(1)[:, : self.about["tasks"]].float()
+    def labels(self, index: Tensor, tasks: Tensor | None = None) -> Tensor:
+        """0 or 1: [graphs, tasks], for all tasks or for some."""
+        tasks = torch.arange(self.about["tasks"], device=self.device) if tasks is None else tasks
+        return ((self.bits[index][:, tasks // 8] >> (tasks % 8).to(torch.uint8)) & 1).float()
+
+    def positives(self, index: Tensor, tasks: Tensor | None = None) -> np.ndarray:
+        """How many of the graphs `index` have label 1: [tasks]."""
+        return sum(self.labels(i, tasks).sum(0) for i in index.split(4096)).cpu().numpy()
 
 
 def spans(start: Tensor, length: Tensor) -> Tensor:
@@ -1182,12 +1186,9 @@ def read_pyg(path: Path) -> tuple[dict, dict]:
     except FileNotFoundError:
         raise BadInput(f"{path} is missing") from None
     except Exception as error:  # noqa: BLE001 (torch raises half a dozen types for files that are torn or hostile)
-        name = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
-            r"(?:class|global|function) ([\w.]+\.\w+)", str(error)
-        )
-        reason = (
-            f"it asks for {name[1]}" if name else (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        )
+        name = re.search(r"(?:GLOBAL|class|global|function) ([\w.]+\.\w+)", str(error))
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = f"it asks for {name[1]}" if name else first
         raise BadInput(f"{path} is not a data set of Hu et al.: {reason}") from None
     finally:
         torch.serialization.clear_safe_globals()
@@ -1746,12 +1747,13 @@ class PPI(Domain):
         folders = [data / "ppi" / name for name in sources]
         folder = next((f for f in folders if (f / "about.json").exists()), folders[-1])
         self.graphs = graphs = Graphs(folder, device)
-        labels = np.unpackbits(graphs.bits.cpu().numpy(), axis=1, count=graphs.about["tasks"], bitorder="little")
-        random = np.random.default_rng(settings.seed)
-        self.pretrain_tasks, self.finetune_tasks = divide_tasks(labels, graphs.about["finetune_terms"], random)
-        self.rows = divide_graphs(labels[:, self.finetune_tasks], graphs.species.cpu().numpy(), random)
+        random, everything = np.random.default_rng(settings.seed), torch.arange(len(graphs.sizes), device=device)
+        positives = None if graphs.about["finetune_terms"] else graphs.positives(everything)
+        tasks = divide_tasks(graphs.about["tasks"], graphs.about["finetune_terms"], positives, random)
+        self.pretrain_tasks, self.finetune_tasks = (torch.from_numpy(t).to(device) for t in tasks)
+        labels = graphs.labels(everything, self.finetune_tasks).cpu().numpy() > 0
+        self.rows = divide_graphs(labels, graphs.species.cpu().numpy(), random)
         self.rows = {part: torch.from_numpy(rows).to(device) for part, rows in self.rows.items()}
-        self.positives = labels[self.rows["pretrain"].cpu().numpy()].sum(0)[self.pretrain_tasks]
         self.sizes = {part: len(rows) for part, rows in self.rows.items()}
         self.access = {p: max(1, round(settings.ft_share * self.sizes[p])) for p in ("finetune", "validation")}
         self.finetune_sizes = (self.sizes["finetune"] // 8, self.sizes["finetune"])
@@ -1802,10 +1804,9 @@ class PPI(Domain):
     def pretrain_loss(self, network, meta, index, progress, live=False):
         """Σ_t 2σ(φ_t)·BCE_t / T; "cotrain" adds the FT tasks' mean BCE over the graphs with FT labels that it may see."""
         rows = self.rows["pretrain"][index]
-        batch, labels = self.graphs.batch(rows), self.graphs.labels(rows)
+        batch, targets = self.graphs.batch(rows), self.graphs.labels(rows, self.pretrain_tasks)
         known, chosen, tasks = self.labelled[rows], self.chosen, len(self.pretrain_tasks)
-        targets = labels[:, self.pretrain_tasks]
-        others = labels[:, self.finetune_tasks[self.seen]][known]
+        others = self.graphs.labels(rows[known], self.finetune_tasks[self.seen])
 
         def loss(theta, phi):
             outputs = call(network, theta, batch, train=True, live=live)
@@ -1837,7 +1838,7 @@ class PPI(Domain):
         return self.graphs.batch(self.rows[part][index])
 
     def targets(self, part, index):
-        return self.graphs.labels(self.rows[part][index])[:, self.finetune_tasks]
+        return self.graphs.labels(self.rows[part][index], self.finetune_tasks)
 
     def loss(self, outputs, targets):
         return F.binary_cross_entropy_with_logits(outputs[:, self.scored], targets[:, self.scored])
@@ -1847,12 +1848,12 @@ class PPI(Domain):
 
     def finetune_loss(self, network, head, part, index):
         """As before FT: over the FT tasks that may be seen, or over the PT tasks that this episode left out."""
-        labels = self.graphs.labels(self.rows[part][index])
         if self.settings.agnostic:
-            tasks = torch.arange(len(self.pretrain_tasks)) if self.chosen is None else (~self.chosen).nonzero()[:, 0]
-            columns, targets = len(self.finetune_tasks) + tasks, labels[:, self.pretrain_tasks][:, tasks]
+            left_out = torch.arange(len(self.pretrain_tasks)) if self.chosen is None else (~self.chosen).nonzero()[:, 0]
+            columns, tasks = len(self.finetune_tasks) + left_out, self.pretrain_tasks[left_out]
         else:
-            columns, targets = self.seen, labels[:, self.finetune_tasks[self.seen]]
+            columns, tasks = self.seen, self.finetune_tasks[self.seen]
+        targets = self.graphs.labels(self.rows[part][index], tasks)
         batch = self.inputs(part, index)
 
         def loss(theta, psi):
@@ -1868,20 +1869,23 @@ class PPI(Domain):
         return {"human_half": "unseen"} if len(set(self.graphs.species.tolist())) > 1 else {}
 
     def figures(self, meta, folder):
-        names = [self.graphs.about["terms"][i] for i in self.pretrain_tasks]
-        plot_tasks(meta.weights().detach().cpu().numpy(), names, self.positives, folder / "tasks.png")
+        names = [self.graphs.about["terms"][i] for i in self.pretrain_tasks.tolist()]
+        positives = self.graphs.positives(self.rows["pretrain"], self.pretrain_tasks)
+        plot_tasks(meta.weights().detach().cpu().numpy(), names, positives, folder / "tasks.png")
 
 
-def divide_tasks(
-    labels: np.ndarray, fixed: int, random, few: int = 60, wanted: int = 40
-) -> tuple[np.ndarray, np.ndarray]:
+def divide_tasks(tasks: int, fixed: int, positives, random, few=60, wanted=40) -> tuple[np.ndarray, np.ndarray]:
     """Columns of the PT and of the FT tasks: the last `fixed` are FT's, or 40 drawn of those with 60 positives."""
-    tasks = np.arange(labels.shape[1])
-    often = np.flatnonzero(labels.sum(0) >= few)
-    if not fixed and len(often) <= wanted:
-        raise BadInput(f"{len(often)} GO terms have {few} positives or more: too few to draw {wanted} FT tasks from")
-    chosen = tasks[-fixed:] if fixed else np.sort(random.permutation(often)[:wanted])
-    return np.setdiff1d(tasks, chosen), random.permutation(chosen)
+    if fixed:
+        chosen = np.arange(tasks - fixed, tasks)
+    else:
+        often = np.flatnonzero(positives >= few)
+        if len(often) <= wanted:
+            raise BadInput(
+                f"{len(often)} GO terms have {few} positives or more: too few to draw {wanted} FT tasks from"
+            )
+        chosen = random.permutation(often)[:wanted]
+    return np.setdiff1d(np.arange(tasks), chosen), random.permutation(chosen)
 
 
 def divide_graphs(labels: np.ndarray, species: np.ndarray, random) -> dict[str, np.ndarray]:

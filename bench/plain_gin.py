@@ -78,3 +78,44 @@ def plain_graphs(raw: metapt.RawGraphs, index: np.ndarray, dtype=torch.float64) 
 
 def plain_batch(raw: metapt.RawGraphs, index: np.ndarray, dtype=torch.float64) -> Batch:
     return Batch.from_data_list(plain_graphs(raw, index, dtype))
+
+
+class PlainPPI:
+    """The PPI domain with graphs as PyG Data objects, messages by edge and a float64 loss, as the published code has it.
+
+    Only the first graphs are at hand (`raw`); the part that a batch is said to come from does not matter for its cost.
+    """
+
+    def __init__(self, domain: metapt.PPI, raw: metapt.RawGraphs, encoder):
+        self.domain, self.encoder = domain, encoder
+        self.graphs = plain_graphs(raw, np.arange(len(raw.sizes)), torch.float32)
+
+    def __getattr__(self, name):
+        return getattr(self.domain, name)
+
+    def network(self):
+        network = self.domain.network()
+        network.encoder = self.encoder(network.encoder)
+        return network
+
+    def collated(self, index):
+        return Batch.from_data_list([self.graphs[i % len(self.graphs)] for i in index.tolist()])
+
+    def pretrain_loss(self, network, meta, index, progress, live=False):
+        batch, tasks = self.collated(index), len(self.pretrain_tasks)
+
+        def loss(theta, phi):
+            outputs = metapt.call(network, theta, batch, train=True, live=live).double()
+            losses = F.binary_cross_entropy_with_logits(outputs, batch.y[:, :tasks].double(), reduction="none")
+            return metapt.call(meta, phi, losses.mean(0))
+
+        return loss
+
+    def finetune_loss(self, network, head, part, index):
+        batch, tasks = self.collated(index), len(self.pretrain_tasks)
+
+        def loss(theta, psi):
+            outputs = metapt.call(head, psi, metapt.call(network, theta, batch, features=True)).double()
+            return F.binary_cross_entropy_with_logits(outputs, batch.y[:, tasks:].double())
+
+        return loss

@@ -8,6 +8,8 @@ Each writes what it found under bench/results as it goes. A seed draws everythin
 """
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -103,7 +105,7 @@ def study(
                 phi = training.best.learned()
                 afresh = trained("learned", phi=phi.state_dict(), **options)[1]
                 if access == "full":
-                    terms = [of.graphs.about["terms"][i] for i in of.pretrain_tasks]
+                    terms = [of.graphs.about["terms"][i] for i in of.pretrain_tasks.tolist()]
                     weights.update(zip(terms, phi.weights().detach().numpy().round(4).tolist(), strict=True))
                 note(access, "learned", made, afresh.best.network)
 
@@ -181,6 +183,77 @@ def draw_terms(known: dict[str, list[float]], shown: int = 15) -> None:
         axis.set_yticks(range(len(rows)), [f"{names.get(t, '')} {t}".strip() for t in rows], fontsize=6)
         axis.axvline(1, color="0.5", lw=0.6)
         axis.set(xlabel="weight of the PT task after the run (it begins at 1); grey: each seed")
+
+
+def generate(graphs: int, tasks: int, at_once: int = 4096):
+    """Not real: ego networks with the published averages (40 nodes, 730 directed edges, 8 species), random labels."""
+    random = np.random.default_rng(0)
+    for begin in range(0, graphs, at_once):
+        n = min(at_once, graphs - begin)
+        sizes = random.integers(26, 55, n)
+        keep = np.triu(random.random((n, 54, 54), dtype=np.float32) < 0.449, 1)
+        keep &= np.arange(54)[None, None] < sizes[:, None, None]  # the upper triangle: the column is the larger number
+        graph, u, v = np.nonzero(keep | keep.transpose(0, 2, 1))
+        features = (random.random((len(graph), 9), dtype=np.float32) < 0.3).astype(np.float32)
+        features[:, 7:] = 0
+        yield metapt.RawGraphs(
+            sizes, np.bincount(graph, minlength=n), np.stack([u, v]), features, np.zeros(n, int),
+            random.choice([9606, 3702, 6239, 511145, 7227, 10090, 4932, 7955], n),
+            (random.random((n, tasks), dtype=np.float32) < 0.03).astype(np.uint8),
+        )  # fmt: skip
+
+
+@app.command()
+def scale(
+    graphs: Annotated[int, typer.Option(help="88000 as published")] = 88_000,
+    steps: Annotated[int, typer.Option(help="PT steps that are timed")] = 5,
+    folder: Annotated[Path, typer.Option(help="Where the generated graphs go")] = Path("data/generated"),
+):
+    """Generated graphs: preparation, start-up, memory and steps per second, against the published procedure."""
+    begun = time.perf_counter()
+    about = metapt.prepare_graphs(
+        folder / "ppi" / "published", generate(graphs, 5040), [f"task {i}" for i in range(5040)], 40
+    )
+    size = sum(path.stat().st_size for path in (folder / "ppi" / "published").iterdir())
+    result = {"generated": True, "torch": torch.__version__, "threads": torch.get_num_threads(),
+              **{name: about[name] for name in ("graphs", "nodes", "edges", "tasks")},
+              "generate_and_prepare_seconds": time.perf_counter() - begun, "bytes_on_disk": size}  # fmt: skip
+    for way in ("ours", "published"):
+        command = [sys.executable, "-m", "bench.ppi", "one", way, "--steps", str(steps), "--folder", str(folder)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
+        result[way] = json.loads(done.stdout)
+        metapt.save_json(HERE / "results" / "ppi-scale.json", result)
+    console.print(result)
+
+
+@app.command()
+def one(way: str, steps: int = 5, folder: Path = Path("data/generated"), at_once: int = 4096):
+    """One side of `scale`, in a process of its own, so that its peak memory is its own."""
+
+    def peak():  # ru_maxrss would begin with the parent's
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+    imported, begun = peak(), time.perf_counter()
+    given = {"source": "published", "steps": 100, "warmup": 0}
+    made = metapt.make_domain("ppi", metapt.settings_of("ppi", given, "paper"), metapt.pick_device("cpu"), folder)
+    startup = time.perf_counter() - begun
+    if way == "published":  # its graphs come as Data objects, collated batch by batch; the loss is in float64
+        from bench.plain_gin import PlainGIN, PlainPPI
+
+        made = PlainPPI(made, next(generate(at_once, 5040)), PlainGIN)
+    learner = metapt.Learner(made, made.settings)
+    learner.pretrain_step(0.5)
+    times = {}
+    for name, step in (("pt_step_seconds", learner.pretrain_step), ("meta_step_seconds", learner.meta_step)):
+        taken = []
+        for _ in range(steps):
+            begun = time.perf_counter()
+            step(0.5)
+            taken.append(time.perf_counter() - begun)
+        times[name] = float(np.median(taken))
+        times[name.replace("seconds", "peak_bytes")] = peak()
+    print(json.dumps({"startup_seconds": startup, "imported_bytes": imported, **times}))
 
 
 if __name__ == "__main__":
