@@ -1255,7 +1255,11 @@ def prepare_string(source: Path, folder: Path, cap: int = 64, species: int = 493
     def text(path):
         return (gzip.open if path.suffix == ".gz" else open)(path, "rt")
 
-    if not (dictionary := find("*node_dict")) or not (matrices := find("org_*")) or not find("Org*_*_*"):
+    if (
+        not (dictionary := find("*node_dict"))
+        or not (matrices := find("org_*"))
+        or not any(find(f"Org*_{c}_*") for c in CHANNELS)
+    ):
         raise BadInput(f"{source} holds no *_node_dict.txt, no org_*.txt or no Org*_<channel>_*.txt")
     terms, columns, scores = [], [], {}
     try:
