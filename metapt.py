@@ -1681,7 +1681,8 @@ class PPI(Domain):
 
     Parts, drawn by seed (Hu et al., ICLR 2020): test proteins are the human ones, or 30 % where there is one species,
     stratified by their rarest FT term. Half of them ("broad") join PT, the other half, unseen, is what is scored (with
-    `--half broad` the first, by runs that are otherwise the same). All other proteins are PT's, and FT's as well: 85 % to train, 15 % to validate.
+    `--half broad` the first, by runs that are otherwise the same). All other proteins are PT's, and FT's as well: 85 %
+    to train, 15 % to validate.
     """
 
     metric = "mean AUROC"
@@ -1723,9 +1724,7 @@ class PPI(Domain):
                         f"less than the {len(tasks)} FT tasks, and a --fold that there is")  # fmt: skip
         settings._check(settings.select < len(self.pretrain_tasks), "select",
                         f"less than the {len(self.pretrain_tasks)} PT tasks")  # fmt: skip
-        self.labelled = torch.zeros(
-            len(graphs.sizes), dtype=torch.bool, device=device
-        )  # what CoTrain sees FT labels of
+        self.labelled = torch.zeros_like(graphs.sizes, dtype=torch.bool)  # what CoTrain sees FT labels of
         self.labelled[self.rows["finetune"][: self.access["finetune"]]] = True
         self.chosen = None  # PT tasks of this episode, bool; None: all
 
