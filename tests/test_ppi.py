@@ -664,6 +664,18 @@ def test_meta_ends_in_summary_and_figures(run):
     assert {"tasks.png", "phi.png", "losses.png", "comparison.png", "checkpoint.pt", "metrics.jsonl"} <= names
 
 
+def test_meta_on_several_species_and_either_half(tmp_path):
+    prepared(tmp_path / "data" / "ppi" / "published", 40, **SEVERAL)
+    both = {}
+    for half in ("unseen", "broad"):
+        summary = summary_of(tmp_path, "meta", "ppi", "--out", half, *options({**TINY, "half": half}))
+        assert len(summary["comparison"]) == 8
+        both[half] = summary
+    assert both["unseen"]["phi"] == both["broad"]["phi"]
+    assert both["unseen"]["comparison"] != both["broad"]["comparison"]
+    assert "--half" in refused(tmp_path, "eval", "unseen", "broad", "--out", "no")
+
+
 @pytest.mark.parametrize(
     "more", [{}, {"select": 6}, {"select": 6, "agnostic": True, "particles": "2,1", "rounds": "0.5,1"}]
 )
@@ -720,6 +732,7 @@ def test_bad_input_is_one_line(home, tmp_path):
     assert "--ft-share" in says("meta", "ppi", "--ft-share", "nan")
     assert "--method" in says("pretrain", "ppi", "--method", "magic")
     assert "belongs to pretrain" in says("meta", "ppi", "--method", "pcgrad")
+    assert "--half" in says("meta", "ppi", "--half", "all")
     assert "--layers" in says("meta", "ppi", "--layers", 0)
     assert "belongs to the ppi" in says("meta", "digits-noise", "--select", 3)
     assert "download ppi" in says("meta", "ppi", "--source", "published")
