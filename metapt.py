@@ -7,6 +7,8 @@
 #   "matplotlib>=3.9,<4",
 #   "typer>=0.16,<1",
 #   "rich>=13.9,<16",
+#   "wfdb>=4.1,<5",
+#   "requests>=2.32,<3",
 # ]
 # ///
 """metapt: hyperparameters of pre-training, learned by gradient from how well the model does after fine-tuning.
@@ -19,7 +21,7 @@
 
 PT is pre-training, FT fine-tuning, V validation; θ the encoder and the PT head, ψ the FT head, φ what is learned.
 
-    python metapt.py download DATA         fetch mnist or ppi (the digits domains need nothing)
+    python metapt.py download DATA         fetch mnist, ecg or ppi (the digits need nothing)
     python metapt.py pretrain DOMAIN       PT with φ fixed: the baseline
     python metapt.py meta DOMAIN           PT with φ learned along (algorithm 1)
     python metapt.py finetune RUN          FT from a run's encoder, over seeds and sizes of the FT set
@@ -610,8 +612,8 @@ import copy
 import dataclasses
 import gzip
 import hashlib
-import http.client
 import inspect
+import itertools
 import json
 import os
 import re
@@ -620,14 +622,13 @@ import signal
 import struct
 import sys
 import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import numpy as np
+import requests
 import rich.console
 import rich.progress
 import rich.table
@@ -638,6 +639,10 @@ from torch import nn
 
 class BadInput(Exception):
     """Something that the user gave cannot be used. The message is one line: what, and where."""
+
+
+class NotThere(BadInput):
+    """A server says that it has no such file."""
 
 
 class RotationMean(nn.Module):
@@ -722,6 +727,116 @@ class TaskWeights(nn.Module):
         chosen = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
         chosen[(self.task_logits.detach() - noise.log()).topk(k).indices] = True
         return chosen
+
+
+class WarpAugmentation(nn.Module):
+    """φ = a network that says of each signal how far to warp it in time, and a global scale of the warp.
+
+    Raghu et al. 2021, section 5.2 (SimCLR on electrocardiograms). The warp is a random diffeomorphism: white noise is the
+    velocity, scaling and squaring integrates it (Arsigny et al., MICCAI 2006), a Gaussian smooths what comes out. Order
+    is preserved whatever φ is: the number of squarings is such that the first small step swaps no samples; composition,
+    interpolation and smoothing of increasing maps, with borders replicated, are increasing again.
+
+    Args:
+        leads: channels of a signal.
+        scale: s at the start; the velocity is 100 s² times the signal's magnitude, which is between 0 and 2.
+    """
+
+    def __init__(self, leads: int, scale: float, width: int = 32):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.layers = nn.Sequential(*(
+            nn.Sequential(nn.Conv1d(a, b, 15, stride=2, padding=7), nn.BatchNorm1d(b, track_running_stats=False), nn.ReLU())
+            for a, b in itertools.pairwise([leads, *[width] * 4])
+        ))  # fmt: skip
+        self.last = nn.Linear(width, 1)
+
+    def magnitudes(self, signals: Tensor) -> Tensor:
+        """Signals [n, leads, t] to how far each is to be warped, [n] in (0, 2)."""
+        return 2 * self.last(self.layers(signals).mean(2)).squeeze(1).sigmoid()
+
+    def displacements(self, magnitudes: Tensor, samples: int) -> Tensor:
+        """A random warp a signal: by how many samples each sample is taken from another place, [n, samples]."""
+        noise = torch.randn(len(magnitudes), 1, samples, dtype=magnitudes.dtype, device=magnitudes.device)
+        # At a quarter of the resolution a displacement is a quarter of the number, so values shrink along (as published).
+        noise = F.interpolate(noise, scale_factor=0.25, mode="linear") / 4
+        moved = 4 * integrate(100 * self.scale**2 * magnitudes[:, None] * noise.squeeze(1))
+        moved = F.interpolate(moved[:, None], size=samples, mode="linear")
+        taps = torch.arange(-12, 13, dtype=moved.dtype, device=moved.device)
+        kernel = torch.exp(-(taps**2) / (2 * 12**2))
+        return F.conv1d(F.pad(moved, (12, 12), mode="replicate"), (kernel / kernel.sum())[None, None]).squeeze(1)
+
+    def forward(self, views: Tensor, magnitudes: Tensor) -> Tensor:
+        """Views [n, leads, t], each resampled along its own warp; all leads of a view alike."""
+        return resample(views, self.displacements(magnitudes, views.shape[2]))
+
+
+def resample(signals: Tensor, moved: Tensor) -> Tensor:
+    """Signals [n, leads, t], each sample taken `moved` [n, t] samples later; linear, beyond the borders as at them."""
+    place = torch.arange(moved.shape[1], dtype=moved.dtype, device=moved.device) + moved
+    grid = torch.stack([place * (2 / (moved.shape[1] - 1)) - 1, torch.zeros_like(place)], -1)[:, None]
+    return F.grid_sample(signals[:, :, None], grid, padding_mode="border", align_corners=True).squeeze(2)
+
+
+def integrate(velocity: Tensor, squarings: int = 5) -> Tensor:
+    """Displacements [n, t] of the flow of a velocity field [n, t] for one unit of time, by scaling and squaring.
+
+    More squarings than asked for where neighbours would change places in the first step (|Δv| / 2^squarings ≥ 1).
+    """
+    steepest = velocity.detach().diff(dim=1).abs().max().item()
+    if 2**squarings <= 2 * steepest < math.inf:
+        squarings = math.ceil(math.log2(steepest)) + 1
+    moved, last = velocity / 2**squarings, velocity.shape[1] - 1
+    grid = torch.arange(last + 1, dtype=moved.dtype, device=moved.device)
+    for _ in range(squarings):  # u ← u + u(x + u), beyond the borders as at the borders
+        place = (grid + moved).clamp(0, last)
+        left = place.detach().floor().clamp(max=last - 1)
+        share, left = place - left, left.long()
+        moved = moved + torch.lerp(moved.gather(1, left), moved.gather(1, left + 1), share)
+    return moved
+
+
+class SignalAugmentation(nn.Module):
+    """Two views of each signal: leads masked and noise added (the default of SimCLR on ECGs), then warped in time.
+
+    Raghu et al. 2021, section 5.2. Per lead, a random stretch of up to half its length is set to zero and noise of up
+    to 10 % of its standard deviation is added: U(0, 1)·σ(mask)·length and U(0, 1)·0.1·exp(noise).
+
+    Args:
+        leads: channels of a signal.
+        scale: s of the `WarpAugmentation` at the start; None: no warp.
+        strengths: whether `mask` and `noise`, 0 at the start, are φ as well.
+    """
+
+    def __init__(self, leads: int, scale: float | None, strengths: bool):
+        super().__init__()
+        for name in ("mask", "noise"):
+            if strengths:
+                self.register_parameter(name, nn.Parameter(torch.zeros(())))
+            else:
+                self.register_buffer(name, torch.zeros(()))
+        self.warp = None if scale is None else WarpAugmentation(leads, scale)
+
+    def masked(self, signals: Tensor) -> Tensor:
+        n, leads, samples = signals.shape
+        length, start = torch.rand(2, n, leads, 1, dtype=signals.dtype, device=signals.device)
+        length = length * self.mask.sigmoid() * samples
+        start = start * (samples - length)
+        # The samples at the two ends of a stretch are masked in part, which makes the length differentiable.
+        place = torch.arange(samples, dtype=signals.dtype, device=signals.device)
+        return signals * (1 - (place + 1 - start).clamp(0, 1) * (start + length - place).clamp(0, 1))
+
+    def forward(self, signals: Tensor) -> list[Tensor]:
+        """Signals [n, leads, t] to two views of that shape."""
+        deviation = 0.1 * self.noise.exp() * signals.std(2, keepdim=True)
+        views = []
+        for _ in range(2):
+            noise = torch.rand_like(deviation) * deviation * torch.randn_like(signals)
+            views.append(self.masked(signals) + noise)
+        if self.warp is None:
+            return views
+        magnitudes = self.warp.magnitudes(signals)  # the signal's, so that both views share one pass
+        return [self.warp(view, magnitudes) for view in views]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -846,6 +961,63 @@ class GIN(nn.Module):
         return torch.cat([total / batch.size[:, None], x[batch.centre]], 1)
 
 
+class ResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut (the basic block of He et al., CVPR 2016), along time."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.first, self.norm1 = nn.Conv1d(inputs, outputs, 15, stride, 7, bias=False), nn.BatchNorm1d(outputs)
+        self.second, self.norm2 = nn.Conv1d(outputs, outputs, 15, 1, 7, bias=False), nn.BatchNorm1d(outputs)
+        self.shortcut = None
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv1d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm1d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm2(self.second(self.norm1(self.first(x)).relu()))
+        return (hidden + (x if self.shortcut is None else self.shortcut(x))).relu()
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 along time with kernels of 15: signals [n, leads, t] to features [n, 8 width].
+
+    Raghu et al. 2021, section 5.2; the paper's width is 32, which makes 32, 64, 128 and 256 channels. Signals of 1,000
+    samples are padded to 1,024 with zeros, their mean.
+    """
+
+    def __init__(self, leads: int, width: int):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv1d(leads, width, 15, 2, 7, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.MaxPool1d(3, 2, 1)
+        )
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        self.blocks = nn.Sequential(*(
+            block for i in range(4)
+            for block in (ResidualBlock(widths[i], widths[i + 1], 1 + (i > 0)),
+                          ResidualBlock(widths[i + 1], widths[i + 1], 1))
+        ))  # fmt: skip
+
+    def forward(self, signals: Tensor) -> Tensor:
+        return self.blocks(self.stem(F.pad(signals, (0, -signals.shape[2] % 64)))).mean(2)
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+    """SimCLR's loss (Chen et al., ICML 2020, equation 1) of two views [n, d]: each should find its other among all 2n."""
+    z = F.normalize(torch.cat([a, b]), dim=1)
+    similarity = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+    return F.cross_entropy(similarity, torch.arange(len(z), device=z.device).roll(len(a)))
+
+
+def settle(network: nn.Module, inputs) -> None:
+    """BatchNorm's statistics from data at once: an encoder without PT is then a baseline, not an overflow."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.momentum = 1.0
+        network.train()(inputs)
+        for norm in norms:
+            norm.momentum = 0.1
+
+
 class Network(nn.Module):
     """θ: an encoder and a PT head. With `features=True` it stops at what the encoder gives, for the FT head."""
 
@@ -948,7 +1120,7 @@ def read_idx(path: Path) -> np.ndarray:
     return values.reshape(shape)
 
 
-def fetch(url: str, path: Path, sha256: str | None, advance, tries: int = 5) -> None:
+def fetch(url: str, path: Path, sha256: str | None, advance, tries: int = 5, session=requests) -> None:
     """Downloads one file: goes on where an earlier try stopped, verifies, and only then gives the file its name.
 
     Args:
@@ -957,9 +1129,10 @@ def fetch(url: str, path: Path, sha256: str | None, advance, tries: int = 5) -> 
         sha256: what it must hash to; None where nobody has published it: the caller checks what came.
         advance: called with (bytes so far, bytes in all or None).
         tries: attempts, with pauses of 1, 2, 4, … seconds between them.
+        session: a requests.Session, whose connections are used again.
 
     Raises:
-        BadInput: the address cannot be had, or gives something else.
+        BadInput: the address cannot be had, or gives something else; NotThere where the server has no such file.
     """
     if path.exists() and sha256 in (None, digest(path)):
         return
@@ -968,26 +1141,33 @@ def fetch(url: str, path: Path, sha256: str | None, advance, tries: int = 5) -> 
     for attempt in range(tries):
         have = part.stat().st_size if part.exists() else 0
         try:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=30) as response:
-                resumed = response.status == 206
+            # "identity": a compressed answer could not be gone on with, nor its length be known.
+            headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+            with session.get(url, headers=headers, stream=True, timeout=30) as response:
+                response.raise_for_status()
+                response.raw.enforce_content_length = (
+                    False  # what came before a cut is kept; the length is checked below
+                )
+                resumed = response.status_code == 206
                 total = int(response.headers.get("Content-Length", 0)) + (have if resumed else 0)
                 with part.open("ab" if resumed else "wb") as file:
-                    while chunk := response.read(1 << 16):
+                    for chunk in response.iter_content(1 << 16):
                         file.write(chunk)
                         advance(file.tell(), total or None)
             if not total or part.stat().st_size >= total:
                 break
             problem = f"{url}: the connection ended early"
-        except urllib.error.HTTPError as error:
-            problem = f"{url}: {error}"
-            if error.code == 416:  # more is here than there: begin again
+        except requests.HTTPError as error:
+            problem, code = str(error), error.response.status_code
+            if code == 416:  # more is here than there: begin again
                 part.unlink()
-            elif error.code < 500:
+            elif code in (404, 410):
+                raise NotThere(problem) from None
+            elif code < 500 and code != 429:
                 raise BadInput(problem) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            problem = f"{url}: {getattr(error, 'reason', error)}"
-            if isinstance(error, (ValueError, http.client.InvalidURL)):
+        except OSError as error:  # what requests raises is one, too
+            problem = f"{url}: {error}"
+            if isinstance(error, ValueError):  # no address at all
                 raise BadInput(problem) from None
         if attempt + 1 < tries:
             time.sleep(2**attempt)
@@ -1348,6 +1528,273 @@ def prepare_string(source: Path, folder: Path, cap: int = 64, species: int = 493
     return prepare_graphs(folder, [raw], terms, 0)
 
 
+# ECGs: PTB-XL (Wagner et al., Scientific Data 2020), the 100 Hz files. Read once into flat arrays.
+
+ECG_URL = "https://physionet.org/files/ptb-xl/1.0.3"
+ECG_FORMAT = "metapt ecgs 1"
+ECG_FILES = ("ptbxl_database.csv", "scp_statements.csv", "LICENSE.txt")
+LEADS = ("I", "II", "III", "AVR", "AVL", "AVF", "V1", "V2", "V3", "V4", "V5", "V6")
+SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")
+ECG_HERTZ, ECG_SAMPLES = 100, 1000
+INVALID = -(2**15)  # what WFDB's format 16 writes for a sample that is not there
+
+
+class Records:
+    """Prepared ECGs: samples memory-mapped (on an accelerator: copied there), and an index in memory.
+
+    Raises:
+        BadInput: the folder is missing, or not what `prepare_ecg` writes.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        if not (folder / "about.json").exists():
+            raise BadInput(f"{folder / 'about.json'} is missing: 'python metapt.py download ecg' prepares the records")
+        about, shape = load_json(folder / "about.json"), (-1, ECG_SAMPLES, len(LEADS))
+        try:
+            with np.load(folder / "index.npz", allow_pickle=False) as file:
+                index = {name: torch.from_numpy(file[name]).to(device) for name in ECG_INDEX}
+            samples = np.memmap(folder / "samples.bin", np.int16, mode="c").reshape(shape)
+            lengths = {len(samples), about["records"], *(len(values) for values in index.values())}
+            if about["format"] != ECG_FORMAT or len(lengths) > 1:
+                raise ValueError("lengths differ")
+        except Exception as error:  # noqa: BLE001 (numpy raises half a dozen types for files that are torn)
+            raise BadInput(f"{folder} is not what download wrote, prepare the records anew: {error}") from None
+        self.ecg_id, self.patient, self.fold = index["ecg_id"], index["patient"], index["fold"]
+        self.labels, self.gain, self.baseline = index["labels"], index["gain"], index["baseline"]
+        self.sums = index["sums"]
+        self.samples = torch.from_numpy(samples).to(device)
+
+    def millivolts(self, index: Tensor) -> Tensor:
+        """Signals [n, 12, 1000] in mV."""
+        signals = (self.samples[index].float() - self.baseline[index][:, None]) / self.gain[index][:, None]
+        return signals.transpose(1, 2)
+
+    def moments(self, index: Tensor) -> tuple[float, float]:
+        """Mean and standard deviation, in mV, over all samples of all leads of these records."""
+        total, squares = self.sums[index].sum(0).tolist()
+        n = len(index) * ECG_SAMPLES * len(LEADS)
+        return total / n, math.sqrt(squares / n - (total / n) ** 2)
+
+
+ECG_INDEX = ("ecg_id", "patient", "fold", "labels", "gain", "baseline", "sums")
+
+
+def read_record(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One 100 Hz record of PTB-XL: samples [1000, 12] as they are stored, gain (units a mV) and baseline [12].
+
+    Raises:
+        BadInput: a file is missing or torn, or the header says something else than PTB-XL's do.
+    """
+    import wfdb
+
+    try:
+        header = wfdb.rdheader(str(path))
+        leads, n = header.sig_name, len(LEADS)
+        for what, found, expected in (
+            ("leads", leads and [lead.upper() for lead in leads], list(LEADS)),
+            ("samples", header.sig_len, ECG_SAMPLES),
+            ("samples a second", header.fs, ECG_HERTZ),
+            ("units", header.units, ["mV"] * n),
+            ("format", header.fmt, ["16"] * n),
+            ("signal files", header.file_name, [f"{path.name}.dat"] * n),
+        ):
+            if found != expected:
+                raise BadInput(f"{path}.hea: {what}: {found}, expected {expected}")
+        if (found := path.with_name(f"{path.name}.dat").stat().st_size) != 2 * n * ECG_SAMPLES:
+            raise BadInput(f"{path}.dat holds {found} bytes, its header says {2 * n * ECG_SAMPLES}")
+        record = wfdb.rdrecord(str(path), physical=False)
+        if record.calc_checksum() != record.checksum:
+            raise BadInput(f"{path}.dat: the samples do not add up to the header's checksums")
+    except FileNotFoundError as error:
+        raise BadInput(f"{error.filename} is missing") from None
+    except BadInput:
+        raise
+    except Exception as error:  # noqa: BLE001 (wfdb raises half a dozen types for headers that are torn)
+        raise BadInput(f"{path}.hea is no header of WFDB: {type(error).__name__}: {error}".split("\n")[0]) from None
+    samples, gain = record.d_signal, np.array(record.adc_gain, np.float32)
+    if (samples == INVALID).any():
+        lead = LEADS[(samples == INVALID).any(0).argmax()]
+        raise BadInput(f"{path}.dat: NaN in lead {lead}")
+    if not (np.isfinite(gain) & (gain > 0)).all():
+        raise BadInput(f"{path}.hea: gain {gain.tolist()}, expected positive numbers")
+    return samples.astype(np.int16), gain, np.array(record.baseline, np.float32)
+
+
+def read_records(source: Path, names: list[str], sums: dict[str, str]):
+    """Many records, checked: lists of the places and contents of those that are right, and what is wrong with others."""
+    places, contents, wrong = [], [], []
+    for place, name in enumerate(names):
+        try:
+            for file in (f"{name}.hea", f"{name}.dat"):
+                check_sum(source, file, sums)
+            contents.append(read_record(source / name))
+            places.append(place)
+        except BadInput as error:
+            wrong.append(str(error))
+    return places, contents, wrong
+
+
+def check_sum(source: Path, name: str, sums: dict[str, str]) -> None:
+    if not (source / name).is_file():
+        raise BadInput(f"{source / name} is missing")
+    if name not in sums:
+        raise BadInput(f"{source / name} is not listed in {source / 'SHA256SUMS.txt'}")
+    if digest(source / name) != sums[name]:
+        raise BadInput(f"{source / name}: its SHA-256 is not the one in {source / 'SHA256SUMS.txt'}")
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """What `sha256sum` writes: file → SHA-256."""
+    try:
+        return {
+            name.lstrip("*"): sha for sha, name in (line.split(maxsplit=1) for line in path.read_text().splitlines())
+        }
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing") from None
+    except ValueError:
+        raise BadInput(f"{path} is not a list of SHA-256 sums") from None
+
+
+def read_ptbxl(source: Path, sums: dict[str, str]):
+    """The rows of ptbxl_database.csv (a pandas DataFrame by ecg_id), and the superclass of each diagnostic SCP code.
+
+    The list of records is its column `filename_lr`: in 1.0.3 the file RECORDS lacks a newline between two of them.
+    """
+    import pandas
+
+    tables = []
+    for file, columns in (("ptbxl_database.csv", ["patient_id", "scp_codes", "strat_fold", "filename_lr"]),
+                          ("scp_statements.csv", ["diagnostic", "diagnostic_class"])):  # fmt: skip
+        check_sum(source, file, sums)
+        try:
+            tables.append(pandas.read_csv(source / file, index_col=0)[columns])
+        except (ValueError, KeyError, UnicodeDecodeError) as error:
+            raise BadInput(f"{source / file} is not PTB-XL's: {error}".split("\n")[0]) from None
+    rows, statements = tables
+    outside = [name for name in rows.filename_lr if not re.fullmatch(r"records100/\d+/\d+_lr", str(name))]
+    if outside or rows.index.has_duplicates or rows[["patient_id", "strat_fold"]].isna().any(axis=None):
+        raise BadInput(f"{source / 'ptbxl_database.csv'} names {outside[0]!r} as a record" if outside else
+                       f"{source / 'ptbxl_database.csv'}: an ecg_id twice, or a row without patient or fold")  # fmt: skip
+    classes = statements[statements.diagnostic == 1].diagnostic_class
+    return rows, {code: name for code, name in classes.items() if name in SUPERCLASSES}
+
+
+def superclasses(codes: str, classes: dict[str, str]) -> np.ndarray:
+    """The five labels of a record, from its SCP codes whatever their likelihood; all 0 where none is diagnostic."""
+    try:
+        found = {classes.get(code) for code in dict(ast.literal_eval(codes))}
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise BadInput(f"SCP codes {str(codes)[:60]!r} cannot be read") from None
+    return np.array([name in found for name in SUPERCLASSES], np.uint8)
+
+
+def prepare_ecg(
+    source: Path, folder: Path, strict: bool = False, advance=lambda done, total: None, at_once: int = 250
+) -> dict:
+    """Reads PTB-XL's 100 Hz files, in parallel, into one array of samples and an index; `folder` is named when whole.
+
+    Args:
+        source: holds SHA256SUMS.txt, ptbxl_database.csv, scp_statements.csv and records100.
+        folder: where it goes; what is there is replaced.
+        strict: stop at a record that is wrong; otherwise it is left out.
+        advance: called with how many records have been read, and `total`.
+        at_once: records a process reads in one go.
+
+    Returns:
+        What about.json says: how many records, and what is wrong with those left out.
+
+    Raises:
+        BadInput: what all records need is missing or wrong, no record is right, or, if strict, one is wrong.
+    """
+    import concurrent.futures
+    import multiprocessing
+
+    sums = read_sums(source / "SHA256SUMS.txt")
+    rows, classes = read_ptbxl(source, sums)
+    labels, wrong = {}, []
+    for ecg_id, codes in rows.scp_codes.items():
+        try:
+            labels[ecg_id] = superclasses(codes, classes)
+        except BadInput as error:
+            wrong.append(f"{source / 'ptbxl_database.csv'}: ecg_id {ecg_id}: {error}")
+    rows = rows.loc[list(labels)]
+    enough_space(folder.parent, 2 * len(rows) * ECG_SAMPLES * len(LEADS))
+    pieces = [rows.iloc[i : i + at_once] for i in range(0, len(rows), at_once)]
+    jobs = [(source, names := list(piece.filename_lr),
+             {f: sums[f] for n in names for f in (f"{n}.hea", f"{n}.dat") if f in sums}) for piece in pieces]  # fmt: skip
+    part, index = folder.with_name(folder.name + ".part"), {name: [] for name in ECG_INDEX}
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        file, several = stack.enter_context((part / "samples.bin").open("wb")), len(pieces) > 4
+        if several:  # processes take seconds to begin; "spawn", because torch may have begun threads in this one
+            spawn = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn))
+        run = pool.map if several else map
+        for done, (piece, (places, contents, bad)) in enumerate(
+            zip(pieces, run(read_records, *zip(*jobs, strict=True)), strict=True), 1
+        ):
+            wrong += bad
+            if strict and wrong:
+                raise BadInput(wrong[0])
+            for (ecg_id, row), (samples, gain, baseline) in zip(piece.iloc[places].iterrows(), contents, strict=True):
+                samples.tofile(file)
+                signal = (samples - baseline.astype(np.float64)) / gain
+                for name, value in zip(ECG_INDEX, (ecg_id, int(row.patient_id), int(row.strat_fold), labels[ecg_id],
+                                       gain, baseline, (signal.sum(), (signal**2).sum())), strict=True):  # fmt: skip
+                    index[name].append(value)
+            advance(min(done * at_once, len(rows)), total=len(rows))
+    if not index["ecg_id"]:
+        raise BadInput(f"{source} holds no record that is right; the first: {(wrong or ['there is none'])[0]}")
+    np.savez(part / "index.npz", **{name: np.array(values) for name, values in index.items()})
+    about = {"format": ECG_FORMAT, "records": len(index["ecg_id"]), "left_out": wrong}
+    save_json(part / "about.json", about)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
+    return about
+
+
+def fetch_ptbxl(url: str, folder: Path, files_advance, strict: bool, threads: int = 16) -> None:
+    """PTB-XL's 100 Hz files from a web server, many at once; what is there and verifies stays.
+
+    Raises:
+        BadInput: a file that all records need, or (after all others were fetched) some file, cannot be had. A record
+            that the server does not have (404) is no reason unless strict.
+    """
+    import concurrent.futures
+
+    session = requests.Session()
+    session.mount("https://", requests.adapters.HTTPAdapter(pool_maxsize=threads))
+    session.mount("http://", requests.adapters.HTTPAdapter(pool_maxsize=threads))
+
+    def get(name: str) -> None:
+        fetch(f"{url}/{name}", folder / name, sums.get(name), lambda done, total: None, session=session)
+
+    sums = {}
+    get("SHA256SUMS.txt")
+    sums = read_sums(folder / "SHA256SUMS.txt")
+    for name in ECG_FILES:
+        get(name)
+    rows, _ = read_ptbxl(folder, sums)
+    names = [f"{name}.{kind}" for name in rows.filename_lr for kind in ("hea", "dat") if f"{name}.{kind}" in sums]
+    missing = sum(not (folder / name).exists() for name in names)
+    enough_space(folder, missing * (ECG_SAMPLES * len(LEADS) + 1000) + 2 * len(rows) * ECG_SAMPLES * len(LEADS))
+    failed, pool = [], concurrent.futures.ThreadPoolExecutor(threads)
+    try:
+        futures = [pool.submit(get, name) for name in names]
+        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            try:
+                future.result()
+            except BadInput as error:
+                if strict or not isinstance(error, NotThere):
+                    failed.append(error)
+            files_advance(done, total=len(names))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if failed:
+        raise BadInput(f"{len(failed)} of {len(names)} files are not there yet, run it again to go on: {failed[0]}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Domains: data, networks, φ, losses and metric of each experiment
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1396,19 +1843,32 @@ class Settings:
     noise: float = _option(0.5, "Share of the PT examples with a wrong label", "noise")
     dropout: float = _option(0.0, "Share of the input that PT does not get to see")
     source: str = _option("", "published or string-yeast; without it, the one that has been prepared", "ppi")
-    width: int = _option(300, "Width of the GIN", "ppi")
+    width: int = _option(300, "Width of the GIN (ppi), channels of the first quarter of the ResNet (ecg)", "ppi ecg")
     layers: int = _option(5, "Layers of the GIN", "ppi")
     method: str = _option(
         "supervised", "PT tasks alone (supervised), with FT tasks (cotrain), or pcgrad of both", "ppi"
     )
-    ft_share: float = _option(1.0, "Share of the FT data that can be had before FT", "ppi")
+    ft_share: float = _option(1.0, "Share of the FT data that can be had before FT", "ppi ecg")
     unseen_tasks: int = _option(0, "FT tasks that nothing before FT may see; FT is scored on them alone", "ppi")
     fold: int = _option(0, "Which of the FT tasks are unseen: the fold-th of so many", "ppi")
     half: str = _option("unseen", "Test proteins that are scored: unseen (the headline), or broad, in PT's data", "ppi")
     select: int = _option(0, "PT tasks chosen an episode; 0: all, weighted", "ppi")
     agnostic: bool = _option(False, "φ is learned from PT tasks left out of an episode, without FT data", "ppi")
+    test_folds: str = _option("10", "Folds (strat_fold) that are the test set, as 1,2,3", "ecg")
+    ft_records: int = _option(
+        0, "Records of the FT set: 80 % train, 20 % validate; 0: as many as there are, or 2500", "ecg"
+    )
+    augment: str = _option(
+        "warp", "What φ is: the warp; the strengths of mask and noise, without a warp (simclr); or both", "ecg"
+    )
+    init_scale: float = _option(0.5, "Global scale s of the warp at the start; 0.5 moves samples by 34 ms (rms)", "ecg")
+    scale_lr: float = _option(1e-2, "Learning rate of s (Adam)", "ecg")
+    temperature: float = _option(0.5, "Of SimCLR's loss", "ecg")
+    cosine: bool = _option(False, "The learning rate of PT falls along a cosine to 0")
     compare_lr: float = _option(1e-2, "Learning rate of the FT that measures an encoder")
+    compare_scope: str = _option("head", "What the FT that measures an encoder moves: head or all")
     finetune_steps: int = _option(500, "Steps of the FT that measures an encoder")
+    finetune_epochs: int = _option(0, "Epochs of that FT, instead of steps; 0: --finetune-steps holds")
     compare: int = _option(3, "Seeds of the closing comparison; 0: none")
     checkpoint_every: int = _option(20, "Meta steps (or P PT steps) between two checkpoints")
 
@@ -1424,10 +1884,16 @@ class Settings:
             self._check(0 <= getattr(self, name) < 1, name, "at least 0 and less than 1")
         for name in ("width", "layers"):
             self._check(getattr(self, name) >= 1, name, "1 or more")
-        for name in ("unseen_tasks", "fold", "select"):
+        for name in ("scale_lr", "temperature"):
+            self._check(getattr(self, name) > 0, name, "positive")
+        for name in ("unseen_tasks", "fold", "select", "finetune_epochs"):
             self._check(getattr(self, name) >= 0, name, "0 or more")
         self._check(self.source in ("", *PPI_SOURCES), "source", " or ".join(PPI_SOURCES))
         self._check(self.method in ("supervised", "cotrain", "pcgrad"), "method", "supervised, cotrain or pcgrad")
+        self._check(self.compare_scope in ("head", "all"), "compare_scope", "head or all")
+        self._check(self.augment in ("warp", "simclr", "both"), "augment", "warp, simclr or both")
+        self._check(self.ft_records == 0 or self.ft_records >= 5, "ft_records", "0, or 5 or more")
+        self._check(re.fullmatch(r"\d+(,\d+)*", self.test_folds), "test_folds", "numbers such as 1,2,3")
         self._check(self.half in ("unseen", "broad"), "half", "unseen or broad")
         self._check(0 < self.ft_share <= 1, "ft_share", "more than 0 and at most 1")
         self._check(not self.agnostic or self.select, "agnostic", "False without --select")
@@ -1528,6 +1994,19 @@ class Domain:
     def backward(self, value: Tensor, theta: Params) -> None:
         """From the PT loss to the gradient of θ."""
         value.backward()
+
+    def phi_rates(self, meta: nn.Module) -> dict[str, float]:
+        """The learning rate of each part of φ, by name."""
+        return {name: self.settings.meta_lr for name, _ in meta.named_parameters()}
+
+    @property
+    def finetune_limits(self) -> tuple[int, int]:
+        """The smallest and the largest number of FT examples that there can be."""
+        return 1, self.sizes["finetune"]
+
+    def divide(self, examples: int) -> tuple[int, int]:
+        """How many examples an FT set of that size takes of the parts finetune and validation."""
+        return examples, self.sizes["validation"]
 
     def transfer(self, network: Network) -> Network:
         """A network in the mode in which FT moves all of it."""
@@ -1781,14 +2260,7 @@ class PPI(Domain):
         encoder = GIN(self.settings.width, self.settings.layers, self.settings.dropout)
         outputs = len(self.pretrain_tasks) + (self.settings.method != "supervised") * len(self.seen)
         network = Network(encoder, nn.Linear(2 * self.settings.width, outputs)).to(self.device)
-        # BatchNorm's statistics from data at once: an encoder without PT is a baseline, not an overflow.
-        norms = [layer.norm for layer in encoder.layers]
-        with torch.no_grad():
-            for norm in norms:
-                norm.momentum = 1.0
-            network(self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)))
-            for norm in norms:
-                norm.momentum = 0.1
+        settle(network, self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)))
         return network
 
     def head(self):
@@ -1878,6 +2350,140 @@ class PPI(Domain):
         plot_tasks(meta.weights().detach().cpu().numpy(), names, positives, folder / "tasks.png")
 
 
+class ECG(Domain):
+    """PT: SimCLR on 12-lead ECGs. FT: five diagnostic superclasses, multilabel. φ: how PT's views are made.
+
+    Parts: the records of --test-folds are the test set, all others are PT's. N of these, drawn by seed, are the FT set: 80 %
+    to train, 20 % to validate. A number of FT examples counts both. Each view passes the encoder by itself, with its own
+    BatchNorm statistics. Signals are scaled by one mean and one standard deviation, of all of PT's samples and leads.
+    """
+
+    metric = "mean AUROC"
+    presets: ClassVar = {
+        "default": {
+            **PUBLISHED, "width": 8, "steps": 400, "warmup": 40, "batch_size": 128, "meta_batch_size": 128,
+            "finetune_lr": 1e-3, "meta_lr": 3e-3, "scale_lr": 1e-2, "compare": 2,
+            "alpha": None, "carry_q": True, "damping": 0.1, "hvp": "finite", "share_pass": True,
+        },
+        # 50 epochs of folds 1 to 9 in batches of 256, one of them as warm-up; FT is 200 epochs of the whole network.
+        "paper": {
+            **PUBLISHED, "width": 32, "steps": 3800, "warmup": 76, "batch_size": 256, "meta_batch_size": 256,
+            "finetune_batch_size": 256, "validation_batch_size": 256, "lr": 1e-4, "alpha": 1e-4, "finetune_lr": 1e-4,
+            "meta_lr": 1e-4, "scale_lr": 1.0, "init_scale": 4.0, "compare_lr": 1e-3, "compare_scope": "all",
+            "finetune_epochs": 200,
+        },
+    }  # fmt: skip
+
+    def __init__(self, source: str, settings: Settings, device: torch.device, data: Path):
+        self.settings, self.device = settings, device
+        self.records = records = Records(data / "ecg" / "prepared", device)
+        fold = records.fold.cpu().numpy()
+        of_test = np.isin(fold, [int(f) for f in settings.test_folds.split(",")])
+        rest, test = np.flatnonzero(~of_test), np.flatnonzero(of_test)
+        settings._check(
+            len(rest) >= 5 and len(test), "test_folds", f"some, but not all, of {sorted(set(fold.tolist()))}"
+        )
+        settings._check(settings.ft_records <= len(rest), "ft_records", f"at most the {len(rest)} that are not test's")
+        pool = np.random.default_rng(settings.seed).permutation(rest)[: settings.ft_records or ECG_SETS[-1]]
+        fifth = np.arange(len(pool)) % 5 == 4
+        rows = {"pretrain": rest, "finetune": pool[~fifth], "validation": pool[fifth], "test": test}
+        self.rows = {part: torch.from_numpy(rows).to(device) for part, rows in rows.items()}
+        self.sizes = {part: len(rows) for part, rows in self.rows.items()}
+        self.access = {p: max(1, round(settings.ft_share * self.sizes[p])) for p in ("finetune", "validation")}
+        self.pool = len(pool)
+        self.finetune_sizes = (*(n for n in ECG_SETS if n < len(pool)), len(pool))
+        self.mean, self.deviation = records.moments(self.rows["pretrain"])
+
+    @property
+    def finetune_limits(self):
+        return 5, self.pool
+
+    def divide(self, examples):
+        return examples - examples // 5, examples // 5
+
+    def network(self):
+        features = 8 * self.settings.width
+        head = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, features // 2))
+        network = Network(ResNet18(len(LEADS), self.settings.width), head).to(self.device)
+        settle(network, self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)))
+        return network
+
+    def head(self):
+        return nn.Linear(8 * self.settings.width, len(SUPERCLASSES)).to(self.device)
+
+    def meta(self):
+        warp = self.settings.init_scale if self.settings.augment in ("warp", "both") else None
+        return SignalAugmentation(len(LEADS), warp, self.settings.augment in ("simclr", "both")).to(self.device)
+
+    def random_meta(self):
+        meta = self.meta()
+        for name, parameter in meta.named_parameters():
+            if name == "warp.scale":
+                nn.init.uniform_(parameter)
+            elif name in ("mask", "noise"):
+                nn.init.normal_(parameter)
+        return meta
+
+    def phi_rates(self, meta):
+        rates = {"warp.scale": self.settings.scale_lr}
+        return {name: rates.get(name, self.settings.meta_lr) for name, _ in meta.named_parameters()}
+
+    def pretrain_loss(self, network, meta, index, progress, live=False):
+        signals = self.inputs("pretrain", index)
+
+        def loss(theta, phi):
+            a, b = (call(network, theta, view, train=True, live=live) for view in call(meta, phi, signals, train=True))
+            return nt_xent(a, b, self.settings.temperature)
+
+        return loss
+
+    def inputs(self, part, index):
+        return (self.records.millivolts(self.rows[part][index]) - self.mean) / self.deviation
+
+    def targets(self, part, index):
+        return self.records.labels[self.rows[part][index]].float()
+
+    def loss(self, outputs, targets):
+        return F.binary_cross_entropy_with_logits(outputs, targets)
+
+    def score(self, outputs, targets):
+        return mean_auroc(outputs, targets)
+
+    def measure(self, meta):
+        found = {} if meta.warp is None else {"warp_scale": meta.warp.scale.item()}
+        return found | {"mask_share": meta.mask.sigmoid().item(), "noise_share": 0.1 * meta.noise.exp().item()}
+
+    def facts(self, meta):
+        return {} if meta.warp is None else {"warp_rms_ms": self.warped(meta)[1].square().mean().sqrt().item()}
+
+    @torch.no_grad()
+    def warped(self, meta, draws: int = 16) -> tuple[Tensor, Tensor]:
+        """PT records in places [n], and warps of each in ms [draws, n, 1000]; drawn anew by the same seed."""
+        index = torch.arange(self.sizes["pretrain"], device=self.device)[:2048]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            magnitudes = meta.train().warp.magnitudes(self.inputs("pretrain", index))
+            warps = [meta.warp.displacements(magnitudes, ECG_SAMPLES) for _ in range(draws)]
+            return index, torch.stack(warps) * (1000 / ECG_HERTZ)
+
+    def figures(self, meta, folder):
+        if meta.warp is None:
+            return
+        index, moved = self.warped(meta)
+        strength = moved[0].square().mean(1).sqrt()
+        # The one whose warp is nearest to the mean: not the most striking.
+        shown = (strength - strength.mean()).abs().argmin()
+        before = self.records.millivolts(self.rows["pretrain"][index[shown, None]])
+        after = resample(before, moved[0, shown, None] / (1000 / ECG_HERTZ))
+        ecg_id = self.records.ecg_id[self.rows["pretrain"][index[shown]]].item()
+        plot_ecg(before[0].cpu().numpy(), after[0].cpu().numpy(), ecg_id, strength[shown].item(), folder / "warp.png")
+        labels = self.targets("pretrain", index).cpu().numpy() > 0
+        plot_magnitudes(moved.square().mean((0, 2)).sqrt().cpu().numpy(), labels, folder / "magnitudes.png")
+
+
+ECG_SETS = (100, 250, 500, 1000, 2500)  # sizes of the FT set, as published
+
+
 def divide_tasks(tasks: int, fixed: int, positives, random, few=60, wanted=40) -> tuple[np.ndarray, np.ndarray]:
     """Columns of the PT and of the FT tasks: the last `fixed` are FT's, or 40 drawn of those with 60 positives."""
     if fixed:
@@ -1934,7 +2540,7 @@ def mean_auroc(scores: Tensor, labels: Tensor) -> float:
 DOMAINS = {
     f"{source}-{kind.__name__.lower()}": (kind, source) for source in ("digits", "mnist") for kind in (Rotation, Noise)
 }
-DOMAINS |= {"ppi": (PPI, "ppi")}
+DOMAINS |= {"ppi": (PPI, "ppi"), "ecg": (ECG, "ecg")}
 
 
 def settings_of(domain: str, given: dict, preset: str = "default") -> Settings:
@@ -1945,8 +2551,9 @@ def settings_of(domain: str, given: dict, preset: str = "default") -> Settings:
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     for name in given:
         only = fields[name].metadata["only"]
-        if only and only not in domain.split("-"):
-            raise BadInput(f"--{name.replace('_', '-')} belongs to the {only} domains, not to {domain}")
+        if only and not set(only.split()) & set(domain.split("-")):
+            others = " and ".join(only.split())
+            raise BadInput(f"--{name.replace('_', '-')} belongs to the {others} domains, not to {domain}")
     return Settings(**{**kind.presets[preset], **given})
 
 
@@ -2018,7 +2625,9 @@ class Learner:
         self.network, self.head, self.meta = domain.network(), domain.head(), domain.meta()
         self.psi = {name: p.detach().clone() for name, p in self.head.named_parameters()}
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.lr)
-        self.meta_optimizer = torch.optim.Adam(self.meta.parameters(), lr=settings.meta_lr, betas=(0.9, 0.99))
+        rates = domain.phi_rates(self.meta)
+        groups = [{"params": [p], "lr": rates[n], "initial_lr": rates[n]} for n, p in self.meta.named_parameters()]
+        self.meta_optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         batches = {"pretrain": settings.batch_size, "meta": settings.meta_batch_size}
         batches |= {"finetune": settings.finetune_batch_size, "validation": settings.validation_batch_size}
         device = next(self.network.parameters()).device
@@ -2098,7 +2707,7 @@ class Learner:
         for name, parameter in self.meta.named_parameters():
             parameter.grad = result.phi[name]
         for group in self.meta_optimizer.param_groups:
-            group["lr"] = settings.meta_lr * settings.meta_lr_decay**progress
+            group["lr"] = group["initial_lr"] * settings.meta_lr_decay**progress
         self.meta_optimizer.step()
         self.domain.explore(self.meta, progress)
         if progress >= 1 - settings.average:
@@ -2195,6 +2804,7 @@ class Training:
             for learner in self.learners:
                 self.domain.begin_episode(learner.meta)
                 for step in range(self.step, until - (meta and settings.share_pass)):
+                    learner.optimizer.param_groups[0]["lr"] = self._rate(step)
                     learner.pretrain_step(self._progress(step))
                 if meta:
                     learner.meta_step(self._progress(until - 1))
@@ -2214,6 +2824,11 @@ class Training:
         if not self.learn:
             return 1.0
         return max(0.0, (step - self.settings.warmup) / max(1, self.settings.steps - self.settings.warmup))
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of PT. Half a cosine from --lr to 0 (Loshchilov and Hutter, ICLR 2017), if asked for."""
+        share = step / self.settings.steps if self.settings.cosine else 0.0
+        return self.settings.lr * (1 + math.cos(math.pi * share)) / 2
 
     def _select(self) -> None:
         """Successive halving (Jamieson and Talwalkar, AISTATS 2016): at the end of a round the better particles stay."""
@@ -2253,7 +2868,7 @@ class Finetuned(NamedTuple):
 
 
 def finetune(
-    domain: Domain, network: Network, examples: int, seed: int, scope: str, lr: float, steps: int
+    domain: Domain, network: Network, examples: int, seed: int, scope: str, lr: float, steps: int | None = None
 ) -> Finetuned:
     """FT of a fresh head on a pre-trained encoder (Adam), the test score at the best of 25 looks at the validation loss.
 
@@ -2263,14 +2878,16 @@ def finetune(
         examples: how many of the FT examples are used; every method gets the same ones for the same seed.
         seed: of the choice of examples, of the head and of the batches.
         scope: "head": linear evaluation; "all": the encoder moves too.
-        lr, steps: of FT, with batches of 64.
+        lr, steps: of FT, with batches of 64; steps=None: as the settings say.
     """
     torch.manual_seed(seed)
-    chosen = torch.randperm(domain.sizes["finetune"])[:examples]  # the first of one order: sets by size are nested
+    train, validate = domain.divide(examples)
+    chosen = torch.randperm(domain.sizes["finetune"])[:train]  # the first of one order: sets by size are nested
+    order = torch.randperm(domain.sizes["validation"], generator=torch.Generator().manual_seed(seed))
     head, network = domain.head(), copy.deepcopy(network).eval()
     device = next(network.parameters()).device
-    index = {part: torch.arange(domain.sizes[part], device=device) for part in ("validation", "test")}
-    index["finetune"] = chosen.to(device)
+    index = {"finetune": chosen, "validation": order[:validate].sort()[0], "test": torch.arange(domain.sizes["test"])}
+    index = {part: rows.to(device) for part, rows in index.items()}
     hidden = {}
     if scope == "head":  # the encoder stands still, so each example passes it once
         with torch.no_grad():
@@ -2292,6 +2909,8 @@ def finetune(
     parameters = [*head.parameters(), *(network.parameters() if scope == "all" else [])]
     optimizer = torch.optim.Adam(parameters, lr=lr)
     best, kept, batches = math.inf, math.nan, Stream(len(chosen), 64, device)
+    if steps is None:
+        steps = domain.settings.finetune_epochs * -(-train // 64) or domain.settings.finetune_steps
     looks = {round(look * steps / 25) for look in range(1, 26)}
     for step in range(1, steps + 1):
         rows = batches.next()
@@ -2308,7 +2927,7 @@ def finetune(
     return Finetuned(kept, best)
 
 
-def compare(domain: Domain, methods: dict, examples: list[int], seeds: int, scope: str, lr: float, steps: int, advance):
+def compare(domain: Domain, methods: dict, examples: list[int], seeds: int, scope: str, lr: float, steps, advance):
     """Test scores of several encoders after the same FT.
 
     Args:
@@ -2565,6 +3184,8 @@ def plot_phi(history: list[dict], survivor: int, folder: Path) -> None:
 
 
 PHI_AXES = {
+    "warp_scale": ("global scale s of the warp", "linear"),
+    "mask_share": ("longest masked stretch (share of the signal)", "linear"),
     "task_weight_spread": ("standard deviation of the task weights", "linear"),
     "rotation_mean_deg": ("mean rotation φ (degrees)", "linear"),
     "clean_to_noisy_weight_ratio": ("weight of clean / of noisy examples", "log"),
@@ -2633,6 +3254,46 @@ def plot_tasks(weights: np.ndarray, names: list[str], positives: np.ndarray, pat
         other.set(xscale="log", xlabel="proteins with the term in the PT part", ylabel="weight")
 
 
+def plot_ecg(before: np.ndarray, after: np.ndarray, ecg_id: int, rms: float, path: Path) -> None:
+    """Twelve leads [12, samples] in mV before and after a warp, on the paper of an electrocardiograph."""
+    import matplotlib.ticker
+
+    seconds, apart = slice(250, 750), 2.5
+    time_axis = np.arange(before.shape[1]) / ECG_HERTZ
+    with figure(path, panels=2) as axes:
+        axes[0].figure.set_size_inches(11, 7)
+        for column, axis in enumerate(axes):
+            for row in range(6):
+                lead = 6 * column + row
+                for values, colour, label in ((before, "0.25", "as recorded"), (after, "C3", "after the learned warp")):
+                    axis.plot(
+                        time_axis[seconds], values[lead, seconds] - apart * row, color=colour, lw=0.9, label=label
+                    )
+                axis.text(2.52, 0.55 - apart * row, LEADS[lead].replace("AV", "aV"), fontsize=9, weight="bold")
+            axis.set(xlim=(2.5, 7.5), ylim=(-5 * apart - 1.2, 1.6), xlabel="time (s)")
+            axis.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1))
+            axis.xaxis.set_minor_locator(matplotlib.ticker.MultipleLocator(0.2))
+            axis.yaxis.set_minor_locator(matplotlib.ticker.MultipleLocator(0.5))
+            axis.set_yticks([-apart * row for row in range(6)], ["0"] * 6)
+            axis.grid(which="both", color="#f2c6c6", lw=0.4)
+        axes[0].set_ylabel("mV; fine lines: 0.2 s by 0.5 mV")
+        handles, labels = axes[0].get_legend_handles_labels()
+        title = f"PTB-XL record {ecg_id}; this warp moves samples by {rms:.0f} ms (rms)"
+        axes[0].figure.legend(handles[:2], labels[:2], loc="outside upper center", ncols=2, fontsize=8, title=title)
+
+
+def plot_magnitudes(strength: np.ndarray, labels: np.ndarray, path: Path) -> None:
+    """How far φ warps signals (ms, rms over draws and time), by superclass: box from quartile to quartile, whiskers from 5 % to 95 %."""
+    groups = {f"{name} ({chosen.sum()})": strength[chosen] for name, chosen in zip(SUPERCLASSES, labels.T, strict=True)}
+    if (rest := ~labels.any(1)).any():
+        groups[f"none ({rest.sum()})"] = strength[rest]
+    groups = {name: values for name, values in groups.items() if len(values)}
+    with figure(path) as (axis,):
+        axis.boxplot(groups.values(), orientation="horizontal", whis=(5, 95), flierprops={"ms": 2, "mec": "0.6"})
+        axis.set_yticks(range(1, len(groups) + 1), list(groups))
+        axis.set(xlabel="displacement by the learned warp (ms, rms)", xlim=(0, None))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. Commands
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2655,7 +3316,7 @@ def with_settings(command):
     for f in dataclasses.fields(Settings):
         presets = {name.split("-")[-1]: kind.presets["default"] for name, (kind, _) in DOMAINS.items()}
         defaults = [str(f.default), *(f"{name}: {p[f.name]}" for name, p in presets.items() if f.name in p)]
-        only = f" ({f.metadata['only']} domains)" if f.metadata["only"] else ""
+        only = f" ({' and '.join(f.metadata['only'].split())} domains)" if f.metadata["only"] else ""
         text = f"{f.metadata['help']}{only}. [default: {'; '.join(defaults)}]"
         kind = Annotated[f.type | None, typer.Option(help=text, show_default=False)]
         options.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
@@ -2680,17 +3341,21 @@ Seeds = Annotated[int, typer.Option(help="FT is repeated with this many seeds", 
 Scope = Annotated[str, typer.Option("--scope", help="What FT moves: head or all")]
 Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate of FT [default: 0.01 for head, 0.001 for all]")]
 FtSteps = Annotated[
-    int, typer.Option("--steps", help="Steps of FT; the best of 25 looks at the validation loss counts", min=1)
+    int | None,
+    typer.Option("--steps", help="Steps of FT, best of 25 looks at the validation loss [default: the run's]", min=1),
 ]
 
 
 @app.command()
 def download(
-    dataset: Annotated[str, typer.Argument(help="mnist or ppi")],
+    dataset: Annotated[str, typer.Argument(help="mnist, ecg or ppi")],
     data: Data = Path("data"),
     url: Annotated[str | None, typer.Option(help="A mirror to fetch it from, in place of its own address")] = None,
     source: Annotated[Path | None, typer.Option("--from", help="A folder that holds the files already")] = None,
     kind: Annotated[str | None, typer.Option("--source", help="ppi: published or string-yeast")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="ecg: stop at a record that is wrong, leave none out")
+    ] = False,
 ):
     """Fetch a data set, or take it from a folder; every file is verified, an interrupted download goes on."""
     if dataset not in DATASETS:
@@ -2699,7 +3364,9 @@ def download(
         )
     if kind is not None and (dataset != "ppi" or kind not in PPI_SOURCES):
         raise BadInput(f"--source is {kind!r}; it belongs to ppi, which has {' and '.join(PPI_SOURCES)}")
-    options = {"kind": kind} if kind else {}
+    if strict and dataset != "ecg":
+        raise BadInput("--strict belongs to ecg")
+    options = ({"kind": kind} if kind else {}) | ({"strict": True} if strict else {})
     DATASETS[dataset](data, url, source, rich.console.Console(), **options)
 
 
@@ -2742,7 +3409,20 @@ def download_ppi(data: Path, url: str | None, source: Path | None, console, kind
                   f"tasks in {folder} ({time.perf_counter() - begun:.0f} s)")  # fmt: skip
 
 
-DATASETS = {"mnist": download_mnist, "ppi": download_ppi}
+def download_ecg(data: Path, url: str | None, source: Path | None, console, strict: bool = False) -> None:
+    """PTB-XL's 100 Hz files from the network or a folder, read into two files under `data`/ecg/prepared."""
+    if source is None:
+        source = data / "ecg" / "files"
+        with progress_bar(console, "fetching", None) as bar:
+            fetch_ptbxl((url or ECG_URL).rstrip("/"), source, bar, strict)
+    with progress_bar(console, "reading", None) as bar:
+        about = prepare_ecg(source, data / "ecg" / "prepared", strict, bar)
+    for problem in about["left_out"][:10]:
+        console.print(f"left out: {problem}", highlight=False)
+    console.print(f"{about['records']} records in {data / 'ecg' / 'prepared'}, {len(about['left_out'])} left out")
+
+
+DATASETS = {"mnist": download_mnist, "ecg": download_ecg, "ppi": download_ppi}
 
 
 @app.command()
@@ -2859,8 +3539,8 @@ def train(command, domain_name, given, preset, epochs, device, data, out, resume
         methods["learned_phi" if phi else "default_phi"] = lambda seed: learner.network
     if settings.compare:
         with progress_bar(console, "comparison", settings.compare * len(methods)) as bar:
-            results = compare(domain, methods, domain.finetune_sizes, settings.compare, "head", settings.compare_lr,
-                              settings.finetune_steps, bar)  # fmt: skip
+            results = compare(domain, methods, domain.finetune_sizes, settings.compare, settings.compare_scope,
+                              settings.compare_lr, None, bar)  # fmt: skip
         summary["comparison"] = comparison_rows(domain, results)
     summary["seconds"] = time.perf_counter() - begun
     save_json(run.folder / "summary.json", summary)
@@ -2928,16 +3608,17 @@ SHORT = {"rotation_mean_deg": "φ °", "clean_to_noisy_weight_ratio": "clean/noi
 
 
 @contextlib.contextmanager
-def progress_bar(console, label: str, total: int):
-    """A bar with rate and time left; it yields a function of (steps done or None for one more, what to show beside)."""
+def progress_bar(console, label: str, total: int | None):
+    """A bar with rate and time left. It yields a function of (steps done or None for one more, what to show beside, of
+    how many)."""
     columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(bar_width=20),
                rich.progress.MofNCompleteColumn(), rich.progress.TextColumn("{task.fields[rate]}"),
                rich.progress.TimeRemainingColumn(), rich.progress.TextColumn("{task.fields[status]}"))  # fmt: skip
     with rich.progress.Progress(*columns, console=console) as bars:
         task = bars.add_task(label, total=total, status="", rate="")
 
-        def advance(done: int | None = None, status: str = "") -> None:
-            bars.update(task, completed=done, advance=1 if done is None else None, status=status)
+        def advance(done: int | None = None, status: str = "", total: int | None = None) -> None:
+            bars.update(task, total=total, completed=done, advance=1 if done is None else None, status=status)
             speed = bars.tasks[task].speed
             bars.update(task, rate=f"{speed:.3g}/s" if speed else "")
 
@@ -3044,10 +3725,9 @@ def parse_sizes(text: str | None, domain: Domain) -> list[int]:
         sizes = sorted({int(n) for n in text.split(",")})
     except ValueError:
         raise BadInput(f"--sizes is {text!r}, expected numbers such as 30,100,300") from None
-    if sizes[0] < 1 or sizes[-1] > domain.sizes["finetune"]:
-        raise BadInput(
-            f"--sizes is {text!r}, expected between 1 and the {domain.sizes['finetune']} FT examples there are"
-        )
+    smallest, largest = domain.finetune_limits
+    if sizes[0] < smallest or sizes[-1] > largest:
+        raise BadInput(f"--sizes is {text!r}, expected between {smallest} and the {largest} FT examples there are")
     return sizes
 
 
@@ -3067,7 +3747,7 @@ def finetune_command(
     seeds: Seeds = 5,
     scope: Scope = "head",
     lr: Rate = None,
-    steps: FtSteps = 500,
+    steps: FtSteps = None,
     export: Annotated[Path | None, typer.Option(help="Also write the encoder's state_dict to this file")] = None,
     device: Device = "auto",
     data: Data = Path("data"),
@@ -3088,7 +3768,7 @@ def eval_command(
     seeds: Seeds = 5,
     scope: Scope = "head",
     lr: Rate = None,
-    steps: FtSteps = 500,
+    steps: FtSteps = None,
     random_phi: Annotated[
         int,
         typer.Option(
