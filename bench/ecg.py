@@ -1,0 +1,314 @@
+"""The figures that README.md states of the ECG domain, made anew.
+
+    python -m bench.ecg study --group 0     all methods on one of three groups of folds (data/ecg/prepared must be there)
+    python -m bench.ecg report              table and figure of all groups that there are
+    python -m bench.ecg speed               a PT step, a meta step and their bytes beside the published procedure's
+
+Each writes what it found under bench/results as it goes. Test predictions of the groups are pooled: one test fold of the
+500 records at hand decides nothing. Patients never cross folds.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import rich.console
+import torch
+import torch.nn.functional as F
+import typer
+
+import metapt
+from bench import counting
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "ecg"
+DATA = Annotated[Path, typer.Option(help="Where prepared records lie")]
+GROUPS = ("1,4,7,10", "2,5,8", "3,6,9")
+SETS = (50, 100, 200, 0)  # records of the FT set; 0: all that are not test's
+NAMES = {
+    "none": "no pre-training", "simclr": "SimCLR, masks and noise", "initial": "SimCLR and the warp at its initial φ",
+    "learned": "φ learned along", "half": "φ learned from half of the FT set",
+}  # fmt: skip
+FIXED = {"simclr": {"augment": "simclr"}, "initial": {}}
+LEARNED = {"learned": {}, "half": {"ft_share": 0.5}}
+SCOPES = {"all": 1e-3, "head": 1e-2}
+FT_SEEDS, EPOCHS, DRAWS = 2, 40, 1000
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = rich.console.Console()
+
+
+def make(data: Path, group: int, seed: int, **given) -> metapt.ECG:
+    settings = metapt.settings_of(
+        "ecg", {"seed": seed, "test_folds": GROUPS[group], "finetune_epochs": EPOCHS, **given}
+    )
+    return metapt.make_domain("ecg", settings, metapt.pick_device("auto"), data)
+
+
+def predictions(domain: metapt.ECG, network, scope: str, seed: int) -> np.ndarray:
+    """Test logits after FT on the whole FT set, of the look that counts: [records, 5]."""
+    kept = []
+    domain.score = lambda outputs, targets: kept.append(outputs) or 0.0
+    metapt.finetune(domain, network, domain.finetune_limits[1], seed, scope, SCOPES[scope])
+    del domain.score
+    return kept[-1].cpu().numpy()
+
+
+@app.command()
+def study(
+    group: Annotated[int, typer.Option(help="Which folds are the test set: 0, 1 or 2")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything")] = 0,
+    steps: Annotated[int, typer.Option(help="PT steps of each run")] = 150,
+    data: DATA = Path("data"),
+):
+    """No PT, SimCLR, SimCLR with a warp, φ learned, φ learned from half: by FT-set size, whole network and head alone."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    found, facts = {}, {"torch": torch.__version__, "steps": steps, "seed": seed, "group": GROUPS[group], "phi": {}}
+
+    def trained(learn, **given):
+        made, begun = make(data, group, seed, steps=steps, **given), time.perf_counter()
+        training = metapt.Training(made, made.settings, learn).run()
+        console.print(f"group {group}: {given} {time.perf_counter() - begun:.0f} s {made.measure(training.best.meta)}")
+        return made, training.best
+
+    def note(made, network, name, n):
+        for scope in SCOPES:
+            each = [predictions(made, network, scope, s) for s in range(FT_SEEDS)]
+            found[f"{name} {n} {scope}"] = np.stack(each).astype(np.float32)
+            scores = [metapt.mean_auroc(torch.from_numpy(x), targets) for x in each]
+            console.print(f"group {group}: {name} {n or 'all'} {scope}: {100 * np.mean(scores):.1f}")
+        np.savez_compressed(
+            RESULTS / f"group{group}-seed{seed}.npz", **found, labels=targets.numpy(), patients=patients
+        )
+        metapt.save_json(RESULTS / f"group{group}-seed{seed}.json", facts)
+
+    made = make(data, group, seed)
+    targets = made.targets("test", torch.arange(made.sizes["test"])).cpu()
+    patients = made.records.patient[made.rows["test"]].cpu().numpy()
+    torch.manual_seed(seed)
+    networks = {"none": made.network()} | {name: trained(False, **given)[1].network for name, given in FIXED.items()}
+    for n in SETS:
+        made = make(data, group, seed, ft_records=n)
+        for name, network in networks.items():
+            note(made, network, name, n)
+        for name, given in LEARNED.items():
+            of, best = trained(True, ft_records=n, **given)
+            phi = best.learned()
+            facts["phi"][f"{name} {n}"] = {**of.measure(phi), **of.facts(phi), "skipped": best.skipped}
+            note(made, best.network, name, n)
+
+
+@app.command()
+def report(seed: int = 0):
+    """Mean AUROC of pooled predictions by FT-set size, and paired differences, with bootstrap intervals over patients."""
+    files = [np.load(RESULTS / f"group{g}-seed{seed}.npz") for g in range(len(GROUPS))]
+    labels = np.concatenate([f["labels"] for f in files])
+    patients = np.concatenate([f["patients"] for f in files])
+    random, each = np.random.default_rng(0), [np.flatnonzero(patients == p) for p in np.unique(patients)]
+    draws = [np.concatenate([each[i] for i in random.integers(0, len(each), len(each))]) for _ in range(DRAWS)]
+
+    def scored(key):
+        """The score, and by draw, averaged over the seeds of FT."""
+        pooled = np.concatenate([f[key] for f in files], 1)
+
+        def score(rows):
+            return np.mean(
+                [metapt.mean_auroc(torch.from_numpy(x[rows]), torch.from_numpy(labels[rows])) for x in pooled]
+            )
+
+        return score(slice(None)), np.array([score(rows) for rows in draws])
+
+    rows = []
+    for scope in SCOPES:
+        for n in SETS:
+            base, by_draw = scored(f"initial {n} {scope}")
+            plain, plain_by_draw = scored(f"simclr {n} {scope}")
+            for name in NAMES:
+                score, drawn = scored(f"{name} {n} {scope}")
+                row = {"scope": scope, "n": n, "method": name, "mean": score, "interval": interval(drawn)}
+                row |= {"to_initial": score - base, "to_initial_interval": interval(drawn - by_draw)}
+                row |= {"to_simclr": score - plain, "to_simclr_interval": interval(drawn - plain_by_draw)}
+                rows.append(row)
+    facts = [json.loads((RESULTS / f"group{g}-seed{seed}.json").read_text()) for g in range(len(GROUPS))]
+    metapt.save_json(
+        HERE / "results" / "ecg.json", {"patients": len(each), "records": len(labels), "rows": rows, "runs": facts}
+    )
+    for scope, what in (("all", "the whole network moves"), ("head", "a linear head")):
+        cells = []
+        for name, label in NAMES.items():
+            of = [row for row in rows if row["scope"] == scope and row["method"] == name]
+            cells.append(
+                [
+                    label,
+                    *(f"{100 * row['mean']:.1f} ({text(row['to_initial'], row['to_initial_interval'])})" for row in of),
+                ]
+            )
+        title = (
+            f"Mean AUROC (%) of pooled out-of-fold predictions; to the warp at its initial φ, 95 % interval; FT: {what}"
+        )
+        metapt.show_table(console, title, ["", *(str(n or "all") for n in SETS)], cells)
+    draw(rows, len(labels))
+
+
+def interval(drawn: np.ndarray) -> list[float]:
+    return np.percentile(drawn, [2.5, 97.5]).tolist()
+
+
+def text(mean: float, between: list[float]) -> str:
+    return f"{100 * mean:+.1f}, {100 * between[0]:+.1f} … {100 * between[1]:+.1f}"
+
+
+def draw(rows: list[dict], records: int) -> None:
+    with metapt.figure(HERE / "figures" / "ecg-auroc.png", panels=2) as axes:
+        for axis, (scope, what) in zip(
+            axes, (("all", "FT of the whole network"), ("head", "FT of a head")), strict=True
+        ):
+            for i, (name, label) in enumerate(NAMES.items()):
+                of = [row for row in rows if row["scope"] == scope and row["method"] == name]
+                x = np.array([row["n"] or 2 * records / 3 for row in of]) * 1.03 ** (i - 2)
+                y = np.array([row["mean"] for row in of])
+                low, high = np.array([row["interval"] for row in of]).T
+                axis.errorbar(
+                    x, 100 * y, 100 * np.array([y - low, high - y]), fmt="o-", ms=3, capsize=2, lw=0.9, label=label
+                )
+            axis.set_xscale("log")
+            axis.set_xticks([50, 100, 200, 2 * records / 3], ["50", "100", "200", "all"])
+            axis.minorticks_off()
+            axis.set(title=what, xlabel="records of the FT set", ylabel="mean AUROC (%)")
+        axes[0].figure.set_size_inches(7, 3.2)
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=7)
+
+
+# The published procedure, written anew for this comparison: views are made sample by sample in numpy in the loader, the
+# warp has five squarings and a pass of its network a view, `higher` unrolls the head, Neumann runs on a double backward
+# with a second forward pass for the mixed product.
+
+
+class PlainViews(torch.utils.data.Dataset):
+    def __init__(self, signals: np.ndarray):
+        self.signals = signals
+
+    def __len__(self):
+        return len(self.signals)
+
+    def __getitem__(self, i):
+        return tuple(torch.from_numpy(self.view(self.signals[i])) for _ in range(2))
+
+    @staticmethod
+    def view(signal):
+        out = signal.copy()
+        for lead in out:
+            length = int(np.random.rand() * len(lead) / 2)
+            start = np.random.randint(0, len(lead) - length)
+            scale = np.random.rand() * 0.1 * lead.std()
+            lead[start : start + length] = 0
+            lead += np.random.randn(len(lead)).astype(np.float32) * scale
+        return out
+
+
+class Published:
+    def __init__(self, domain: metapt.ECG):
+        import higher
+
+        self.higher, self.domain, self.settings = higher, domain, domain.settings
+        torch.manual_seed(0)
+        self.network, self.head, self.warp = domain.network(), domain.head(), domain.meta().warp
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.settings.lr)
+        self.head_optimizer = torch.optim.Adam(self.head.parameters(), lr=self.settings.finetune_lr)
+        self.phi_optimizer = torch.optim.Adam(self.warp.parameters(), lr=self.settings.meta_lr)
+        signals = domain.inputs("pretrain", torch.arange(domain.sizes["pretrain"])).numpy()
+        many = np.tile(signals, (20, 1, 1))  # so that no epoch ends within what is timed
+        self.loader = torch.utils.data.DataLoader(
+            PlainViews(many), self.settings.batch_size, shuffle=True, drop_last=True
+        )
+        self.batches = iter(self.loader)
+        self.streams = {
+            part: metapt.Stream(domain.sizes[part], self.settings.finetune_batch_size, domain.device)
+            for part in ("finetune", "validation")
+        }
+
+    def pretrain_loss(self, views):
+        a, b = (self.network.train()(self.warp(view, self.warp.magnitudes(view))) for view in views)
+        return metapt.nt_xent(a, b, self.settings.temperature)
+
+    def finetune_loss(self, head, part):
+        index = self.streams[part].next()
+        hidden = self.network.eval()(self.domain.inputs(part, index), features=True)
+        return F.binary_cross_entropy_with_logits(head(hidden), self.domain.targets(part, index))
+
+    def pretrain_step(self, _=None):
+        self.optimizer.zero_grad()
+        self.pretrain_loss(next(self.batches)).backward()
+        self.optimizer.step()
+        self.head_optimizer.zero_grad()
+        self.finetune_loss(self.head, "finetune").backward()
+        self.head_optimizer.step()
+
+    def meta_step(self, _=None):
+        parameters, alpha = list(self.network.parameters()), self.settings.lr
+        with self.higher.innerloop_ctx(self.head, self.head_optimizer, copy_initial_weights=False) as (head, steps):
+            steps.step(self.finetune_loss(head, "finetune"))
+            loss = self.finetune_loss(head, "validation")
+            v = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        views = next(self.batches)
+        gradient = torch.autograd.grad(self.pretrain_loss(views), parameters, create_graph=True)
+        product = torch.autograd.grad(gradient, parameters, grad_outputs=v)
+        q = [alpha * (2 * a - alpha * h) for a, h in zip(v, product, strict=True)]
+        gradient = torch.autograd.grad(self.pretrain_loss(views), parameters, create_graph=True)
+        phi = list(self.warp.parameters())
+        found = torch.autograd.grad(gradient, phi, grad_outputs=[-a for a in q])
+        for p, g in zip(phi, found, strict=True):
+            p.grad = g
+        self.phi_optimizer.step()
+
+
+@app.command()
+def speed(
+    width: Annotated[int, typer.Option(help="Of the encoder; 32 as published")] = 8,
+    batch: Annotated[int, typer.Option(help="Of PT, of FT and of the meta step; 256 as published")] = 128,
+    repeats: Annotated[int, typer.Option(help="Steps of each kind that are timed, in turn")] = 7,
+    data: DATA = Path("data"),
+):
+    """A PT step and a meta step, ours and as published, in turn in one run: seconds (median), FLOPs, bytes saved."""
+    sizes = {"width": width, "batch_size": batch, "meta_batch_size": batch, "finetune_batch_size": batch,
+             "validation_batch_size": batch, "warmup": 0}  # fmt: skip
+    domain = metapt.make_domain("ecg", metapt.settings_of("ecg", sizes), metapt.pick_device("cpu"), data)
+    ours, published = metapt.Learner(domain, domain.settings), Published(domain)
+    works = {(who, what): getattr(learner, what) for who, learner in (("ours", ours), ("published", published))
+             for what in ("pretrain_step", "meta_step")}  # fmt: skip
+    for work in works.values():
+        work(1.0)  # the first estimates alpha, and builds what later ones reuse
+    taken = {key: [] for key in works}
+    for _ in range(repeats):
+        for key, work in works.items():
+            begun = time.perf_counter()
+            work(1.0)
+            taken[key].append(time.perf_counter() - begun)
+    plain = np.array(taken["ours", "pretrain_step"])
+    rows = []
+    for key, work in works.items():
+        rows.append({"who": key[0], "what": key[1], "seconds": float(np.median(taken[key])),
+                     "pt_steps": [float(q) for q in np.percentile(np.array(taken[key]) / plain, [50, 0, 100])],
+                     "flops": counting.flops(lambda work=work: work(1.0)),
+                     "bytes": counting.peak(lambda work=work: work(1.0))})  # fmt: skip
+    of = {(row["who"], row["what"]): row for row in rows}
+    own, base = of["ours", "pretrain_step"], of["published", "pretrain_step"]
+    for row in rows:
+        first = own if row["who"] == "ours" else base
+        row |= {f"{name}_in_own_pt_steps": row[name] / first[name] for name in ("seconds", "flops", "bytes")}
+    # A round: P PT steps and a meta step. With --share-pass the meta step's passes give one of the P.
+    rounds = {"ours": 9 * own["seconds"] + of["ours", "meta_step"]["seconds"],
+              "published": 10 * base["seconds"] + of["published", "meta_step"]["seconds"]}  # fmt: skip
+    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), **sizes, "rows": rows,
+              "round_seconds": rounds, "round_ratio": rounds["published"] / rounds["ours"]}  # fmt: skip
+    metapt.save_json(HERE / "results" / f"ecg-speed-{width}.json", result)
+    cells = [[f"{row['who']}, {row['what'].replace('_', ' ')}", f"{row['seconds']:.3f}", *(
+        f"{row[f'{name}_in_own_pt_steps']:.2f}" for name in ("seconds", "flops", "bytes"))] for row in rows]  # fmt: skip
+    metapt.show_table(console, "One step", ["", "seconds", "time / own PT step", "FLOPs / …", "bytes / …"], cells)
+    console.print(f"a round of 10 PT steps and a meta step: published / ours = {result['round_ratio']:.2f}")
+
+
+if __name__ == "__main__":
+    app()
