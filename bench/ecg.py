@@ -265,6 +265,41 @@ class Published:
 
 
 @app.command()
+def draws(
+    number: Annotated[int, typer.Option(help="Draws of batches and augmentation")] = 20,
+    steps: Annotated[int, typer.Option(help="PT steps before")] = 80,
+    data: DATA = Path("data"),
+):
+    """How far hypergradients at one θ agree from draw to draw: exact products, and differences by the length of their step."""
+    made = make(data, 0, 0, steps=steps, augment="both")
+    learner = metapt.Training(made, made.settings, False).run().best
+    theta, phi = metapt._detached(learner.network), metapt._detached(learner.meta)
+    ways = {"exact": metapt.Solver("identity")}
+    ways |= {f"step {s:g}": metapt.Solver("identity", hvp="finite", step=s) for s in (0.005, 0.1, 0.3, 1.0)}
+    found = {name: [] for name in ways}
+    for draw in range(number):
+        at = {name: learner.streams[name].next() for name in ("meta", "finetune", "validation")}
+        for name, solver in ways.items():
+            torch.manual_seed(draw)  # the same views for all
+            result = metapt.hypergradient(
+                made.pretrain_loss(learner.network, learner.meta, at["meta"], 1.0),
+                *(made.finetune_loss(learner.network, learner.head, part, at[part]) for part in ("finetune", "validation")),
+                theta, learner.psi, phi, unroll=made.settings.unroll, solver=solver, ft_state=learner.ft_state,
+            )  # fmt: skip
+            found[name].append(metapt._flat(result.phi))
+    exact, half, rows = torch.stack(found["exact"]).mean(0), number // 2, []
+    for name, each in found.items():
+        each = torch.stack(each)
+        first, second, mean = each[:half].mean(0), each[half:].mean(0), each.mean(0)
+        rows.append({"products": name, "halves": F.cosine_similarity(first, second, dim=0).item(),
+                     "to_exact": F.cosine_similarity(mean, exact, dim=0).item()})  # fmt: skip
+    metapt.save_json(HERE / "results" / "ecg-draws.json", {"draws": number, "steps": steps, "rows": rows})
+    cells = [[row["products"], f"{row['halves']:.2f}", f"{row['to_exact']:.2f}"] for row in rows]
+    title = f"Cosine of mean hypergradients over {number} draws: one half to the other, all to exact's"
+    metapt.show_table(console, title, ["", "halves", "to exact"], cells)
+
+
+@app.command()
 def speed(
     width: Annotated[int, typer.Option(help="Of the encoder; 32 as published")] = 8,
     batch: Annotated[int, typer.Option(help="Of PT, of FT and of the meta step; 256 as published")] = 128,
