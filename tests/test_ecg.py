@@ -18,10 +18,12 @@ import wfdb
 from test_metapt import main_in, options, refused, summary_of
 
 import metapt
+from bench import counting
 from metapt import LEADS, SUPERCLASSES, BadInput
 
 ROOT = Path(metapt.__file__).resolve().parent
 MINI = ROOT.parent / "shared" / "data" / "ptbxl-mini"
+BATCHES = ("batch_size", "meta_batch_size", "finetune_batch_size", "validation_batch_size")
 TINY = {"width": 1, "steps": 12, "warmup": 4, "meta_every": 4, "batch_size": 16, "meta_batch_size": 16, "compare": 1,
         "finetune_steps": 10, "checkpoint_every": 1}  # fmt: skip
 CODES = ("{'NORM': 100.0, 'SR': 0.0}", "{'IMI': 80.0, 'NDT': 0.0}", "{'LVH': 50.0}", "{'IRBBB': 100.0}", "{'SR': 0.0}")
@@ -767,3 +769,23 @@ def test_a_short_run_on_cuda(home, tmp_path):
 
 def test_superclasses_are_those_of_the_paper():
     assert SUPERCLASSES == ("NORM", "MI", "STTC", "CD", "HYP")
+
+
+def test_a_meta_step_costs_what_the_readme_says(home):
+    """At the published width, all batches equal: FLOPs without the PT step that its passes stand in for, and bytes."""
+    domain = metapt.make_domain(
+        "ecg",
+        metapt.settings_of("ecg", {"width": 32, **dict.fromkeys(BATCHES, 8), "warmup": 0}),
+        torch.device("cpu"),
+        home / "data",
+    )
+    learner = metapt.Learner(domain, domain.settings)
+    learner.pretrain_step(1.0)
+    plain = [count(lambda: learner.pretrain_step(1.0)) for count in (counting.flops, counting.peak)]
+    meta = [count(lambda: learner.meta_step(1.0)) for count in (counting.flops, counting.peak)]
+    assert meta[0] / plain[0] - 1 <= 2.65
+    assert meta[1] / plain[1] <= 1.1
+    views = counting.peak(
+        lambda: sum(v.sum() for v in learner.meta(domain.inputs("pretrain", torch.arange(8)))).backward()
+    )
+    assert views < plain[1]  # what is made again in the backward pass, when the encoder's part is gone, is less
