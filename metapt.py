@@ -152,6 +152,7 @@ def hypergradient(
     q0: Params | None = None,
     ft_state: dict | None = None,
     preconditioner: Callable[[Params], Params] | None = None,
+    want_pt_gradient: bool = False,
 ) -> Hypergradient:
     """dL_V(θ_K, ψ_K)/dφ: how the validation loss after fine-tuning changes with the hyperparameters of pre-training.
 
@@ -183,6 +184,8 @@ def hypergradient(
         ft_state: the FT optimiser's state to start from, as an earlier call returned it; None or {}: a fresh one. From
             fresh moments Adam's first step is lr·g/(|g| + ε), through which next to no gradient flows.
         preconditioner: r → M⁻¹r on dicts keyed as theta, M symmetric positive definite; for "cg".
+        want_pt_gradient: whether the passes shall bring ∇_θ L_PT along where they would not by themselves ("identity"
+            with `hvp="finite"`): for a third of a PT step more they then save PT's next.
 
     Returns:
         Hypergradient, every tensor with the shape, dtype and device of the parameter that it belongs to.
@@ -216,7 +219,7 @@ def hypergradient(
     start = None if q0 is None else _flat({name: q0[name] for name in theta})
     if solver.method == "neumann" and solver.alpha is None and _flat(v).any():
         solver = replace(solver, alpha=1 / largest_curvature(product, _flat(v), solver.seed))
-    q, mixed, residual = solve(product, _flat(v), start, solver, theta, preconditioner)
+    q, mixed, residual = solve(product, _flat(v), start, solver, theta, preconditioner, want_pt_gradient)
     if pretrain_loss.start is None:  # v = 0 can need no pass at all; the random generators still owe one
         with torch.no_grad():
             pretrain_loss(_point(theta=theta, phi=phi))
@@ -362,12 +365,13 @@ def pretrain_products(derivatives, theta: Params, phi: Params, damping: float):
     return product
 
 
-def solve(product, v: Tensor, q0: Tensor | None, solver: Solver, theta: Params, preconditioner=None):
+def solve(product, v: Tensor, q0: Tensor | None, solver: Solver, theta: Params, preconditioner=None, passing=False):
     """q, qᵀ∇²_θφ L_PT and the relative residual ‖Hq − v‖ / ‖v‖ (nan where it would cost a product of its own)."""
     if not v.any():
         return torch.zeros_like(v), product(torch.zeros_like(v), hessian=False)[1], 0.0
     if solver.method == "identity":
-        return v, product(v, hessian=False)[1], math.nan
+        # Finite passes that differentiate by θ as well come by PT's gradient; exact ones have it from the start.
+        return v, product(v, hessian=passing and solver.hvp == "finite")[1], math.nan
     if solver.method == "neumann":
         return neumann(product, v, q0, solver.terms, solver.alpha)
     if solver.method == "cg":
@@ -2699,6 +2703,7 @@ class Learner:
                 else dataclasses.replace(settings.inverse, alpha=self.alpha),
                 q0=self._q0(),
                 ft_state=self.ft_state,
+                want_pt_gradient=settings.share_pass,
             )
         except FloatingPointError as error:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1

@@ -34,14 +34,14 @@ NAMES = {
 FIXED = {"simclr": {"augment": "simclr"}, "initial": {}}
 LEARNED = {"learned": {}, "half": {"ft_share": 0.5}}
 SCOPES = {"all": 1e-3, "head": 1e-2}
-FT_SEEDS, EPOCHS, DRAWS = 2, 40, 1000
+FT_SEEDS, FT_STEPS, DRAWS = 2, 200, 1000
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = rich.console.Console()
 
 
 def make(data: Path, group: int, seed: int, **given) -> metapt.ECG:
     settings = metapt.settings_of(
-        "ecg", {"seed": seed, "test_folds": GROUPS[group], "finetune_epochs": EPOCHS, **given}
+        "ecg", {"seed": seed, "test_folds": GROUPS[group], "finetune_steps": FT_STEPS, **given}
     )
     return metapt.make_domain("ecg", settings, metapt.pick_device("auto"), data)
 

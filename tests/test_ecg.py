@@ -783,7 +783,7 @@ def test_a_meta_step_costs_what_the_readme_says(home):
     learner.pretrain_step(1.0)
     plain = [count(lambda: learner.pretrain_step(1.0)) for count in (counting.flops, counting.peak)]
     meta = [count(lambda: learner.meta_step(1.0)) for count in (counting.flops, counting.peak)]
-    assert meta[0] / plain[0] - 1 <= 2.65
+    assert meta[0] / plain[0] - 1 <= 2.5
     assert meta[1] / plain[1] <= 1.1
     views = counting.peak(
         lambda: sum(v.sum() for v in learner.meta(domain.inputs("pretrain", torch.arange(8)))).backward()

@@ -1508,9 +1508,15 @@ def test_the_section_can_be_cut_out_and_run_with_torch_alone():
 def test_the_gradient_of_pretraining_is_a_byproduct(method, terms, hvp, tolerance):
     problem = network(dropout=0.0)
     found = run(problem, solver=Solver(method, terms, damping=0.1, hvp=hvp))
-    if method == "identity" and hvp == "finite":  # its passes are of ∇_φ alone
+    if method == "identity" and hvp == "finite":  # its passes are of ∇_φ alone unless asked
         assert found.pt_gradient is None
-        return
+        asked = metapt.hypergradient(
+            problem.pretrain_loss, problem.finetune_loss, problem.validation_loss, problem.theta, problem.psi,
+            problem.phi, solver=Solver(method, terms, hvp=hvp), want_pt_gradient=True,
+        )  # fmt: skip
+        plain = run(problem, solver=Solver(method, terms, hvp=hvp), unroll=Unroll())
+        assert torch.equal(flat(asked.phi), flat(plain.phi))
+        found = asked
     theta = {name: t.clone().requires_grad_() for name, t in problem.theta.items()}
     value = problem.pretrain_loss(theta, problem.phi)
     expected = dict(zip(theta, torch.autograd.grad(value, list(theta.values())), strict=True))

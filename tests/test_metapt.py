@@ -545,10 +545,13 @@ def test_a_carried_neumann_solve_keeps_its_step_and_goes_on_the_way_that_q_went(
     torch.testing.assert_close(flat(calls[3][0]), q[2] + 0.8 * (q[2] - q[1]))
 
 
+@pytest.mark.parametrize(
+    "solver", [{"solver": "neumann", "terms": 0, "alpha": 0.1}, {"solver": "identity", "carry_q": False}]
+)
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
-def test_a_shared_pass_is_the_step_that_pretraining_would_have_taken(hvp):
+def test_a_shared_pass_is_the_step_that_pretraining_would_have_taken(solver, hvp):
     """With one batch for everything, the shared pass must move θ as a PT step of its own does."""
-    given = {"solver": "neumann", "terms": 0, "alpha": 0.1, "hvp": hvp, "batch_size": 1000, "meta_batch_size": 1000,
+    given = {**solver, "hvp": hvp, "batch_size": 1000, "meta_batch_size": 1000,
              "dropout": 0.0, "steps": 14, "warmup": 12, "meta_every": 2, "meta_lr": 1e-12, "particles": "1",
              "rounds": "1"}  # fmt: skip
     ends = [
