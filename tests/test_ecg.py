@@ -133,6 +133,15 @@ def test_gain_and_baseline_are_the_headers(tmp_path):
     assert found[2].tolist() == baseline
 
 
+def test_millivolts_are_those_of_wfdb_whatever_the_gain(copy, tmp_path):
+    write_record(copy / "records100" / "00000", "00007_lr", signal(7), gain=250.0, baseline=list(range(0, 120, 10)))
+    write_sums(copy)
+    metapt.prepare_ecg(copy, tmp_path / "prepared")
+    found = metapt.Records(tmp_path / "prepared", torch.device("cpu")).millivolts(torch.tensor([6]))[0]
+    physical = wfdb.rdrecord(str(copy / "records100" / "00000" / "00007_lr")).p_signal.T
+    torch.testing.assert_close(found.double(), torch.from_numpy(physical), rtol=0, atol=1e-5)
+
+
 def spoil_header(record: Path, old: str, new: str) -> None:
     path = record.with_suffix(".hea")
     assert old in path.read_text()
