@@ -98,7 +98,8 @@ class Solver:
         tol: cg stops when ‖Hq − v‖ ≤ tol·‖v‖.
         seed: of the Nyström sketch and of the power iterations.
         hvp: "exact": double backward; "finite": central differences of first-order gradients. ReLU's kinks between
-            the two points count in full there, which hurts Hq (not qᵀ∇²_θφ L_PT) in networks of piecewise linear units.
+            the two points count in full there: in networks of piecewise linear units Hq, and often qᵀ∇²_θφ L_PT, is noise
+            at the default `step`. A longer one averages over more kinks.
         step: "finite" only: the norm of the perturbation ε·‖q‖; None: the cube root of the dtype's machine epsilon.
             Set it higher (0.1, say) where the gradients are noisier than the dtype says, as under autocast.
 
@@ -2625,6 +2626,7 @@ class Learner:
     VALUES = (
         "psi",
         "ft_state",
+        "head_state",
         "q",
         "q_before",
         "alpha",
@@ -2650,12 +2652,14 @@ class Learner:
         device = next(self.network.parameters()).device
         sizes = {**domain.sizes, "meta": domain.sizes["pretrain"], **domain.access}
         self.streams = {name: Stream(sizes[name], batches[name], device) for name in self.STREAMS}
-        self.ft_state = {}
+        self.ft_state = {}  # of the FT optimiser, within the meta step
+        self.head_state = {}  # of the FT head's steps beside PT where it is another: in scope all, the former has θ's too
         self.q = self.q_before = self.alpha = None  # what one solve hands to the next
         self.average, self.averaged = {}, 0  # of φ, over the end of the run
         self.recent: list[float] = []  # validation losses of the last meta steps: particles are compared by them
         self.skipped = self.skipped_in_a_row = self.meta_steps = 0
-        self.losses = {"pretrain_loss": math.nan, "finetune_loss": math.nan, "validation_loss": math.nan}
+        self.losses = {"pretrain_loss": math.nan, "finetune_loss": math.nan, "validation_loss": math.nan,
+                       "residual": math.nan}  # fmt: skip
 
     def pretrain_step(self, progress: float) -> None:
         """One step on θ with φ fixed, and one on the FT head ψ beside it."""
@@ -2671,11 +2675,11 @@ class Learner:
         head_value = loss(_detached(self.network), _group(psi, "psi"))
         gradient = _grad(head_value, psi)
         with torch.no_grad():
-            state = self.ft_state if self.settings.scope == "head" else {}
+            which = "ft_state" if self.settings.scope == "head" else "head_state"
+            state = getattr(self, which)
             moved, state = finetune_step({k: p.detach() for k, p in psi.items()}, gradient, self.settings.unroll, state)
         self.psi = _group(moved, "psi")
-        if self.settings.scope == "head":
-            self.ft_state = state
+        setattr(self, which, state)
         self.losses |= {"pretrain_loss": value.detach().sum(), "finetune_loss": head_value.detach()}
 
     def meta_step(self, progress: float) -> None:
@@ -2705,6 +2709,8 @@ class Learner:
                 ft_state=self.ft_state,
                 want_pt_gradient=settings.share_pass,
             )
+            if result.residual >= 1 and not any(q.any() for q in result.q.values()):
+                raise FloatingPointError("q = 0, the PT Hessian curves down along v: --damping may help")
         except FloatingPointError as error:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             self.q = self.q_before = self.alpha = None
@@ -2734,7 +2740,7 @@ class Learner:
                 before = self.average.get(name, torch.zeros_like(p))
                 self.average[name] = before + (p - before) / self.averaged
         self.skipped_in_a_row, self.meta_steps = 0, self.meta_steps + 1
-        self.losses["validation_loss"] = result.value
+        self.losses |= {"validation_loss": result.value, "residual": result.residual}
         self.recent = [*self.recent[-9:], result.value.item()]
 
     def _q0(self) -> Params | None:
@@ -2767,10 +2773,18 @@ class Learner:
     def load_state_dict(self, state: dict) -> None:
         for name in self.MODULES:
             getattr(self, name).load_state_dict(state[name])
+        device = next(self.network.parameters()).device
         for name in (*self.VALUES, "losses"):
-            setattr(self, name, state[name])
+            setattr(self, name, _on(device, state[name]))
         for name, stream in self.streams.items():
             stream.load_state_dict(state["streams"][name])
+
+
+def _on(device: torch.device, value):
+    """A value of a checkpoint, with the tensors in it moved to a device."""
+    if isinstance(value, dict):
+        return {name: _on(device, each) for name, each in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _detached(module: nn.Module) -> Params:
@@ -3069,7 +3083,11 @@ class Run:
         try:
             find_domain(config["domain"])
             config["settings"] = Settings(**config["settings"])
-            if config["format"] != FORMAT or config["command"] not in ("pretrain", "meta") or "phi" not in config:
+            if (
+                config["format"] != FORMAT
+                or config["command"] not in ("pretrain", "meta")
+                or not {"phi", "device"} <= set(config)
+            ):
                 raise KeyError
         except BadInput as error:
             raise BadInput(f"{self.folder / 'config.json'}: {error}") from None
@@ -3484,7 +3502,7 @@ def train(command, domain_name, given, preset, epochs, device, data, out, resume
     """`pretrain` and `meta` from the command line to the summary."""
     console = rich.console.Console(stderr=as_json)
     begun = time.perf_counter()
-    device = pick_device(device)
+    device_name, device = device, pick_device(device)
     if resume is not None:
         if out is not None or epochs is not None or phi is not None or preset != "default":
             raise BadInput("--resume goes on with a run as it was started: no --out, --epochs, --phi or --preset")
@@ -3501,6 +3519,8 @@ def train(command, domain_name, given, preset, epochs, device, data, out, resume
                     f"--{name.replace('_', '-')} {value} is not what {resume} was started with: {getattr(settings, name)}"
                 )
         phi = Path(config["phi"]) if config["phi"] else None
+        if config["device"] == "cpu" and device_name == "auto":  # a run stays where its numbers are the same
+            device = pick_device("cpu")
         domain = make_domain(domain_name, settings, device, data)
     else:
         domain_name = domain_name or "digits-rotation"

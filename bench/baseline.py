@@ -1,4 +1,4 @@
-"""What one meta step costs, as it was when bench/baseline.json was written: FLOPs and bytes saved for backward.
+"""What one meta step costs, as it was when bench/baseline.json was written: FLOPs, operations, bytes saved for backward.
 
 python -m bench.baseline     writes the file anew; look at its diff before committing it
 """
@@ -22,22 +22,25 @@ SOLVERS = {
 }
 
 
+def counted(work) -> dict[str, int]:
+    kinds = {"flops": counting.flops, "operations": counting.operations, "bytes": counting.peak}
+    return {kind: count(work) for kind, count in kinds.items()}
+
+
 def costs() -> dict[str, dict[str, int]]:
     """Counted, so the same on every machine."""
     work = Workload(Size(width=64, weights=100, batch=32))
-    found = {"PT step": {"flops": counting.flops(work.pt_step), "bytes": counting.peak(work.pt_step)}}
+    found = {"PT step": counted(work.pt_step)}
     for hvp in ("exact", "finite"):
         for name, solver in SOLVERS.items():
             for unroll in (Unroll(1), Unroll(5, optimizer="adam"), Unroll(5, scope="all")):
                 work.unroll, work.solver = unroll, metapt.replace(solver, hvp=hvp)
-                found[f"{name}, {hvp}, K = {unroll.steps} ({unroll.optimizer}, {unroll.scope})"] = {
-                    "flops": counting.flops(work.meta_step),
-                    "bytes": counting.peak(work.meta_step),
-                }
+                found[f"{name}, {hvp}, K = {unroll.steps} ({unroll.optimizer}, {unroll.scope})"] = counted(
+                    work.meta_step
+                )
         work.unroll, work.solver = Unroll(1), Solver("neumann", 1, alpha=0.01, hvp=hvp)
         q = {name: torch.ones_like(t) for name, t in work.theta.items()}
-        for name, cost in (("flops", counting.flops), ("bytes", counting.peak)):
-            found.setdefault(f"neumann carried, {hvp}", {})[name] = cost(lambda q=q: work.meta_step(q0=q))
+        found[f"neumann carried, {hvp}"] = counted(lambda q=q: work.meta_step(q0=q))
     return found
 
 

@@ -1,6 +1,7 @@
 """What a piece of work costs, counted: FLOPs of matrix products and convolutions, and bytes saved for backward."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -9,6 +10,21 @@ def flops(work) -> int:
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
+
+
+class _Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += 1
+        return function(*arguments, **(options or {}))
+
+
+def operations(work) -> int:
+    """Calls of ATen operations by `work()`, elementwise ones and copies included: what FLOPs do not see."""
+    with _Operations() as counter:
+        work()
+    return counter.count
 
 
 class _Saved:

@@ -1,6 +1,7 @@
 """Sections 3 to 9 of metapt.py: data, the online loop, resuming, bad input, the commands, the project around them."""
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -573,6 +574,48 @@ def test_a_carried_solve_that_runs_away_begins_again(monkeypatch):
     monkeypatch.setattr(metapt, "hypergradient", wild)
     training("digits-noise", carry_q=True, solver="neumann", terms=1, damping=0.1).run()
     assert len(starts) > 2 and all(q is None for q in starts)
+
+
+def test_a_solve_that_ends_at_zero_is_skipped_and_not_a_step():
+    run = training("digits-noise", steps=40)
+
+    def concave(*arguments, **options):
+        return lambda theta, phi: -sum(p.square().sum() for p in theta.values()) * sum(p.sum() for p in phi.values())
+
+    learner = run.run().best
+    learner.domain.pretrain_loss, before = concave, flat(dict(learner.meta.named_parameters())).clone()
+    learner.settings = dataclasses.replace(learner.settings, solver="cg", damping=0.0, carry_q=False, share_pass=False)
+    learner.meta.load_state_dict({name: p.abs() + 1 for name, p in learner.meta.state_dict().items()})
+    before, skipped = flat(dict(learner.meta.named_parameters())).clone(), learner.skipped
+    learner.q = None
+    learner.meta_step(1.0)
+    assert learner.skipped == skipped + 1
+    assert torch.equal(flat(dict(learner.meta.named_parameters())), before)
+
+
+def test_the_head_keeps_its_moments_whatever_the_unrolled_steps_move():
+    for scope in ("head", "all"):
+        learner = training("digits-noise", scope=scope, unroll_steps=1).best
+        for _ in range(3):
+            learner.pretrain_step(0.0)
+        state = learner.ft_state if scope == "head" else learner.head_state
+        assert state["step"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+def test_a_checkpoint_goes_to_the_device_of_the_network():
+    """The meta device stands for a GPU: what was saved on the CPU must not stay there."""
+    run = training("digits-noise", steps=40, carry_q=True, solver="cg", average=0.5).run()
+    state, learner = run.best.state_dict(), run.best
+    learner.network.to("meta")
+    learner.load_state_dict(state)
+    for name in ("psi", "ft_state", "q", "average"):
+        tensors = [t for t in flatten(getattr(learner, name)) if isinstance(t, torch.Tensor)]
+        assert tensors and all(t.device.type == "meta" for t in tensors), name
+
+
+def flatten(value) -> list:
+    return [t for each in value.values() for t in flatten(each)] if isinstance(value, dict) else [value]
 
 
 def test_learned_phi_is_the_average_over_the_end():
