@@ -4,7 +4,7 @@
     python -m bench.digits noise        the weight of clean over the weight of noisy examples, by seed
     python -m bench.digits bytes        bytes saved for backward by one hypergradient, against one PT step
 
-Each writes what it found to bench/results/NAME.json as it goes; `rotation` also draws bench/figures/rotation.png.
+Each writes what it found to bench/results/NAME.json as it goes; `rotation` also draws bench/figures/digits-rotation.png.
 """
 
 import json
@@ -54,7 +54,10 @@ def rotation(
     seeds: Annotated[int, typer.Option(help="How often; seed s serves start i as 10·s + i")] = 1,
 ):
     """φ after a run from each of ten starts; the error is the distance to 90° on the circle."""
-    rows = []
+    path, rows = HERE / "results" / f"{domain}.json", []
+    again = {(name, 10 * seed + i) for name in only.split(",") for seed in range(seeds) for i in range(len(STARTS))}
+    if path.exists():  # the rows of other ablations and seeds stay
+        rows = [row for row in json.loads(path.read_text())["rows"] if (row["aids"], row["seed"]) not in again]
     for name in only.split(","):
         for seed in range(seeds):
             for i, start in enumerate(STARTS):
@@ -73,9 +76,10 @@ def rotation(
 def report(domain: Annotated[str, typer.Argument()] = "digits-rotation"):
     """Table and figure of what `rotation` found."""
     rows = json.loads((HERE / "results" / f"{domain}.json").read_text())["rows"]
-    by_name = {
-        name: [row for row in rows if row["aids"] == name] for name in dict.fromkeys(row["aids"] for row in rows)
-    }
+    by_name = {}
+    for row in rows:  # seeds 0 to 9 are those that the settings were chosen on
+        block = row["seed"] // 10 * 10
+        by_name.setdefault(row["aids"] + (f", seeds {block} to {block + 9}" if block else ""), []).append(row)
     cells = []
     for name, chosen in by_name.items():
         errors = np.array([row["error"] for row in chosen])
