@@ -1,6 +1,7 @@
 """The GIN of Hu et al. as published, on PyG: messages edge by edge. Slow; `GIN` in metapt.py is tested to equal it."""
 
 import copy
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -59,36 +60,36 @@ class PlainGIN(nn.Module):
         return [own[name] for name, _ in gin.named_parameters()]
 
 
-def plain_graphs(raw: metapt.RawGraphs, index: np.ndarray, dtype=torch.float64) -> list[Data]:
-    ends = raw.degrees.cumsum()
-    out = []
-    for i in index:
-        e = slice(ends[i] - raw.degrees[i], ends[i])
-        out.append(
-            Data(
-                num_nodes=int(raw.sizes[i]),
-                edge_index=torch.from_numpy(raw.edges[:, e].astype(np.int64)),
-                edge_attr=torch.from_numpy(raw.features[e]).to(dtype),
-                centre=torch.tensor([int(raw.centre[i])]),
-                y=torch.from_numpy(raw.labels[i : i + 1]).to(dtype),
-            )
-        )
-    return out
+class PlainGraphs:
+    """Graphs as PyG's InMemoryDataset keeps them: flat tensors of all, labels int64, a `Data` object cut out when asked for."""
+
+    def __init__(self, raw: metapt.RawGraphs, dtype=torch.float32):
+        self.sizes, self.centre = raw.sizes, torch.as_tensor(raw.centre)
+        self.ends = np.concatenate([[0], np.cumsum(raw.degrees)])
+        self.edges = torch.from_numpy(raw.edges.astype(np.int64))
+        self.features, self.y = torch.from_numpy(raw.features).to(dtype), torch.from_numpy(raw.labels.astype(np.int64))
+
+    def __getitem__(self, i: int) -> Data:
+        e = slice(self.ends[i], self.ends[i + 1])
+        return Data(
+            num_nodes=int(self.sizes[i]), edge_index=self.edges[:, e], edge_attr=self.features[e],
+            centre=self.centre[i : i + 1], y=self.y[i : i + 1],
+        )  # fmt: skip
 
 
 def plain_batch(raw: metapt.RawGraphs, index: np.ndarray, dtype=torch.float64) -> Batch:
-    return Batch.from_data_list(plain_graphs(raw, index, dtype))
+    graphs = PlainGraphs(raw, dtype)
+    return Batch.from_data_list([graphs[i] for i in index])
 
 
 class PlainPPI:
     """The PPI domain with graphs as PyG Data objects, messages by edge and a float64 loss, as the published code has it.
 
-    Only the first graphs are at hand (`raw`); the part that a batch is said to come from does not matter for its cost.
+    All graphs are in memory, `blocks` of equal numbers of them.
     """
 
-    def __init__(self, domain: metapt.PPI, raw: metapt.RawGraphs, encoder):
-        self.domain, self.encoder = domain, encoder
-        self.graphs = plain_graphs(raw, np.arange(len(raw.sizes)), torch.float32)
+    def __init__(self, domain: metapt.PPI, blocks: Iterable[metapt.RawGraphs], encoder):
+        self.domain, self.encoder, self.blocks = domain, encoder, [PlainGraphs(raw) for raw in blocks]
 
     def __getattr__(self, name):
         return getattr(self.domain, name)
@@ -99,7 +100,8 @@ class PlainPPI:
         return network
 
     def collated(self, index):
-        return Batch.from_data_list([self.graphs[i % len(self.graphs)] for i in index.tolist()])
+        places = [divmod(i, len(self.blocks[0].sizes)) for i in index.tolist()]
+        return Batch.from_data_list([self.blocks[block][i] for block, i in places])
 
     def pretrain_loss(self, network, meta, index, progress, live=False):
         batch, tasks = self.collated(index), len(self.pretrain_tasks)
