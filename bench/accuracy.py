@@ -117,6 +117,17 @@ def measure(p: Problem, name: str, estimator: Callable[[], Tensor]) -> dict:
             "pt_steps": cost["flops"] / pt_step_flops(p), **agreement(found, p.exact)}  # fmt: skip
 
 
+def facts(p: Problem) -> dict:
+    """What makes a problem hard, and how far its two exact values are apart."""
+    w = flat(p.theta)
+    hessian = torch.func.hessian(lambda w: p.pretrain_loss(unflat(w, p.theta), p.phi))(w)
+    values = torch.linalg.eigvalsh(hessian)
+    gradient = torch.func.grad(lambda w: p.pretrain_loss(unflat(w, p.theta), p.phi))(w)
+    apart = (problems.differences(p) - p.exact).norm() / p.exact.norm()
+    return {"problem": p.name, "parameters": len(w), "meta_parameters": len(p.exact), "gradient": gradient.norm().item(),
+            "lowest": values[0].item(), "highest": values[-1].item(), "apart": apart.item()}  # fmt: skip
+
+
 def minibatches(p: Problem, draws: int = 50) -> list[dict]:
     """(f): one mini-batch for Hessian and mixed derivative, L_V's gradient v over all FT data."""
     rows = []
@@ -138,7 +149,9 @@ def minibatches(p: Problem, draws: int = 50) -> list[dict]:
 ONLINE = {
     "published: neumann 1, α = PT's": ({"method": "neumann", "terms": 1, "alpha": 3e-3}, None),
     "identity": ({"method": "identity"}, None),
+    "identity, finite": ({"method": "identity", "hvp": "finite"}, None),
     "cg 3 afresh": ({"method": "cg", "terms": 3}, None),
+    "cg 3 afresh, damping 1": ({"method": "cg", "terms": 3, "damping": 1.0}, None),
     "cg 5 afresh": ({"method": "cg", "terms": 5}, None),
     "carried: cg 1": ({"method": "cg", "terms": 1}, 0.0),
     "carried: cg 2": ({"method": "cg", "terms": 2}, 0.0),
@@ -199,7 +212,7 @@ def online(batch: int, damping: float, seed: int = 0, meta_steps: int = 100, nam
             if momentum is not None and kept["q"] is not None:
                 q0 = kept["q"] + momentum * (kept["q"] - kept["before"])
                 q0 = unflat(q0, here)
-            solver = Solver(**{"alpha": kept["alpha"], **fields}, damping=damping)
+            solver = Solver(**{"alpha": kept["alpha"], "damping": damping, **fields})
             with counted() as cost:
                 result = ask(solver, q0)
             q = flat(result.q)
@@ -233,9 +246,10 @@ def run(context: typer.Context):
     if context.invoked_subcommand:
         return
     torch.set_num_threads(1)
-    found = {"torch": torch.__version__, "frozen": [], "minibatch": [], "online": []}
+    found = {"torch": torch.__version__, "problems": [], "frozen": [], "minibatch": [], "online": []}
     for make in {**problems.FROZEN, **problems.EARLY}.values():
         p = make()
+        found["problems"].append(facts(p))
         for name, estimator in estimators(p).items():
             found["frozen"].append(measure(p, name, estimator))
         metapt.save_json(RESULTS, found)
@@ -254,6 +268,10 @@ def report():
     found = json.loads(RESULTS.read_text())
     names = list(dict.fromkeys(row["problem"] for row in found["frozen"]))
     cell = {(row["estimator"], row["problem"]): row for row in found["frozen"]}
+    rows = [[p["problem"], str(p["parameters"]), str(p["meta_parameters"]), f"{p['gradient']:.0e}", f"{p['lowest']:.1e}",
+             f"{p['highest']:.1e}", f"{p['apart']:.0e}"] for p in found["problems"]]  # fmt: skip
+    columns = ["", "size of θ", "of φ", "‖∇L_PT‖", "eigenvalues of H", "to", "two exact values differ by"]
+    metapt.show_table(console, "problems", columns, rows)
     rows = []
     for estimator in dict.fromkeys(row["estimator"] for row in found["frozen"]):
         here = [cell.get((estimator, name)) for name in names]

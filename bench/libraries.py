@@ -30,6 +30,7 @@ from metapt import Solver, Unroll
 
 HERE = Path(__file__).parent
 STEPS, LR, ALPHA, TERMS = 5, 0.1, 0.05, 10  # K, FT's learning rate, Neumann's step, Neumann terms or CG iterations
+EPS = 1e-12  # of Adam: higher adds it before the bias correction, torch after; so small that it does not matter
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = rich.console.Console(width=130)
 
@@ -43,9 +44,9 @@ class Task:
         if size == "small":
             shape, features, batch, self.decay = (32,), 64, 64, 0.1
             self.encoder = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
-        else:  # the shape of the ECG encoder, at a quarter of its width
-            shape, features, batch, self.decay = (12, 256), 64, 32, 1.0
-            self.encoder = convolutions(features)
+        else:  # the ECG encoder as published: 12 leads, 1,000 samples, width 32; BatchNorm as FT has it
+            shape, features, batch, self.decay = (12, 1000), 256, 8, 0.1
+            self.encoder = metapt.ResNet18(12, 32).eval()
         self.pt_head, self.ft_head = nn.Linear(features, 16), nn.Linear(features, 5)
         self.x, self.xf, self.xv = (torch.randn(batch, *shape) for _ in range(3))
         self.y, self.phi = torch.randint(2, (batch, 16)).double(), torch.randn(16)
@@ -83,25 +84,19 @@ class Task:
         return dict(self.body.named_parameters())
 
 
-def convolutions(features: int) -> nn.Module:
-    def block(n, m):
-        return [nn.Conv1d(n, m, 15, stride=2, padding=7), nn.GroupNorm(4, m), nn.GELU()]
-
-    layers = [*block(12, 8), *block(8, 16), *block(16, 32), *block(32, features)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten())
-
-
-def ours(task: Task, method: str, hvp: str = "exact") -> Tensor:
+def ours(task: Task, estimate: str, hvp: str = "exact") -> Tensor:
+    """`estimate`: a solver's method, and the optimiser of FT where it is not SGD, as "neumann, Adam"."""
+    method, _, optimizer = estimate.lower().partition(", ")
     result = metapt.hypergradient(
         task.pretrain_loss, task.finetune_loss, task.validation_loss,
         {name: t.detach() for name, t in task.theta().items()},
         {name: t.detach() for name, t in task.ft_head.named_parameters()}, {"weights": task.phi},
-        unroll=Unroll(STEPS, LR), solver=Solver(method, TERMS, alpha=ALPHA, hvp=hvp),
+        unroll=Unroll(STEPS, LR, optimizer=optimizer or "sgd", eps=EPS), solver=Solver(method, TERMS, alpha=ALPHA, hvp=hvp),
     )  # fmt: skip
     return result.phi["weights"]
 
 
-def published(task: Task) -> Tensor:
+def published(task: Task, optimizer=torch.optim.SGD, **options) -> Tensor:
     """The published procedure, written anew for this comparison: `higher` for the head, double-backward Neumann.
 
     Raghu et al. 2021, algorithm 1: the FT head is unrolled with higher, the Hessian has a forward pass of its own.
@@ -109,8 +104,8 @@ def published(task: Task) -> Tensor:
     import higher
 
     phi, parameters = task.phi.clone().requires_grad_(), list(task.theta().values())
-    optimizer = torch.optim.SGD(task.ft_head.parameters(), lr=LR)
-    with higher.innerloop_ctx(task.ft_head, optimizer, copy_initial_weights=False) as (head, steps):
+    stepper = optimizer(task.ft_head.parameters(), lr=LR, **options)
+    with higher.innerloop_ctx(task.ft_head, stepper, copy_initial_weights=False) as (head, steps):
         for _ in range(STEPS):
             steps.step(F.cross_entropy(head(task.encoder(task.xf)), task.yf))
         loss = F.cross_entropy(head(task.encoder(task.xv)), task.yv)
@@ -151,8 +146,8 @@ def betty(task: Task, method: str) -> Tensor:
     return found
 
 
-def torchopt(task: Task, method: str) -> Tensor:
-    """TorchOpt: differentiable SGD for the unroll, implicit differentiation of ∇_θ L_PT = 0 for the rest."""
+def torchopt(task: Task, method: str, optimizer: str = "sgd", **options) -> Tensor:
+    """TorchOpt: differentiable SGD or Adam for the unroll, implicit differentiation of ∇_θ L_PT = 0 for the rest."""
     import torchopt
     from torchopt.diff.implicit import custom_root
 
@@ -175,7 +170,7 @@ def torchopt(task: Task, method: str) -> Tensor:
     phi = task.phi.clone().requires_grad_()
     at = dict(zip(names, pretrained(tuple(theta.values()), phi), strict=True))
     psi = {name: p.detach().requires_grad_() for name, p in task.ft_head.named_parameters()}
-    rule = torchopt.sgd(lr=LR)
+    rule = getattr(torchopt, optimizer)(lr=LR, **options)
     state = rule.init(psi)
     for _ in range(STEPS):
         gradient = torch.autograd.grad(task.finetune_loss(at, psi), list(psi.values()), create_graph=True)
@@ -195,6 +190,9 @@ ENTRIES = {
     "metapt cg, finite": (lambda task: ours(task, "cg", "finite"), "cg"),
     "betty cg": (lambda task: betty(task, "cg"), "cg"),
     "torchopt cg": (lambda task: torchopt(task, "cg"), "cg"),
+    "metapt neumann, Adam": (lambda task: ours(task, "neumann, Adam"), "neumann, Adam"),
+    "higher, published procedure, Adam": (lambda task: published(task, torch.optim.Adam, eps=EPS), "neumann, Adam"),
+    "torchopt neumann, Adam": (lambda task: torchopt(task, "neumann", "adam", eps=EPS), "neumann, Adam"),
     "metapt identity, finite": (lambda task: ours(task, "identity", "finite"), "identity"),
     "betty darts": (lambda task: betty(task, "darts"), "identity"),
     "betty sama": (lambda task: betty(task, "sama"), "identity"),
@@ -205,7 +203,7 @@ def compare(size: str, repeats: int = 7) -> list[dict]:
     """Agreement, bytes and paired times of every entry, one problem and batch."""
     task = Task(size)
     kept = {name: t.detach().clone() for name, t in task.theta().items()}
-    truth = {method: ours(task, method) for method in ("neumann", "cg", "identity")}
+    truth = {estimate: ours(task, estimate) for estimate in ("neumann", "cg", "neumann, Adam", "identity")}
     rows, working = [], {}
     for name, (function, method) in ENTRIES.items():
         row = {"size": size, "name": name, "error": None}
@@ -248,9 +246,9 @@ def run(context: typer.Context, repeats: Annotated[int, typer.Option(help="Of th
     if context.invoked_subcommand:
         return
     torch.set_num_threads(1)
-    found = [row for size in ("small", "large") for row in compare(size, repeats)]
+    found = [row for size, n in (("small", repeats), ("ResNet-18", max(1, repeats // 3))) for row in compare(size, n)]
     metapt.save_json(HERE / "results" / "libraries.json", {"torch": torch.__version__, "rows": found})
-    for size in ("small", "large"):
+    for size in ("small", "ResNet-18"):
         cells = []
         for row in found:
             if row["size"] != size:

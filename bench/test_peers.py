@@ -8,13 +8,12 @@ from bench import libraries
 
 # Not betty's cg: its next direction is made from the residual before the step, so it is not conjugate gradients.
 SAME = ["higher, published procedure", "betty neumann", "torchopt neumann", "torchopt cg", "metapt neumann, finite",
-        "metapt cg, finite"]  # fmt: skip
+        "metapt cg, finite", "higher, published procedure, Adam", "torchopt neumann, Adam"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SAME)
-@pytest.mark.parametrize("size", ["small", "large"])
-def test_libraries_agree(size, name):
-    task = libraries.Task(size)
+def test_libraries_agree(name):
+    task = libraries.Task("small")
     library = name.split()[0].rstrip(",")
     if library != "metapt":
         pytest.importorskip(library)
@@ -23,7 +22,8 @@ def test_libraries_agree(size, name):
         warnings.simplefilter("ignore")
         found = function(task).detach()
     truth = libraries.ours(task, method)
-    assert ((found - truth).norm() / truth.norm()).item() < 1e-5
+    # TorchOpt takes Adam's 1 − β₂ᵗ in the default dtype, float32: off by 1e-5, with float64 as default by 1e-15.
+    assert ((found - truth).norm() / truth.norm()).item() < (1e-4 if name == "torchopt neumann, Adam" else 1e-5)
 
 
 def test_a_library_that_fails_is_named_with_its_error(monkeypatch):
@@ -36,13 +36,12 @@ def test_a_library_that_fails_is_named_with_its_error(monkeypatch):
 
 
 @pytest.mark.parametrize("name", list(libraries.ENTRIES))
-@pytest.mark.parametrize("size", ["small", "large"])
-def test_time(benchmark, size, name):
+def test_time(benchmark, name):
     library = name.split()[0].rstrip(",")
     if library != "metapt":
         pytest.importorskip(library)
-    made, (function, _) = libraries.Task(size), libraries.ENTRIES[name]
-    benchmark.group = size
+    made, (function, _) = libraries.Task("small"), libraries.ENTRIES[name]
+    benchmark.group = "libraries"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
