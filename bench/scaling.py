@@ -40,18 +40,20 @@ class Size(NamedTuple):
 
 
 CENTRE = Size()
+WIDTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
+COUNTS = (1, 2, 5, 10, 14, 20, 28, 40, 56, 80, 100)
 SWEEPS = {
-    "PT parameters": [Size(width=w) for w in (64, 128, 256, 512, 1024, 2048, 3072)],
-    "PT parameters, finite": [Size(width=w, hvp="finite") for w in (64, 128, 256, 512, 1024, 2048, 3072)],
-    "meta-parameters": [Size(weights=10**n) for n in range(8)],
-    "terms": [Size(terms=t) for t in (0, 1, 2, 5, 10, 20, 50, 100)],
-    "terms, finite": [Size(terms=t, hvp="finite") for t in (0, 1, 2, 5, 10, 20, 50, 100)],
-    "FT steps": [Size(ft_steps=k) for k in (1, 2, 5, 10, 20, 50, 100)],
-    "FT steps, finite": [Size(ft_steps=k, hvp="finite") for k in (1, 2, 5, 10, 20, 50, 100)],
-    "FT steps of everything": [Size(ft_steps=k, scope="all") for k in (1, 2, 5, 10, 20, 50, 100)],
-    "FT steps of everything, finite": [Size(ft_steps=k, scope="all", hvp="finite") for k in (1, 2, 5, 10, 20, 50)],
-    "PT steps before": [Size(pt_steps=n) for n in (1, 10, 100, 1000)],
-    "batch": [Size(batch=b) for b in (16, 32, 64, 128, 256, 512, 1024)],
+    "PT parameters": [Size(width=w) for w in WIDTHS],
+    "PT parameters, finite": [Size(width=w, hvp="finite") for w in WIDTHS],
+    "meta-parameters": [Size(weights=round(10 ** (n / 2))) for n in range(15)],
+    "terms": [Size(terms=t) for t in (0, *COUNTS)],
+    "terms, finite": [Size(terms=t, hvp="finite") for t in (0, *COUNTS)],
+    "FT steps": [Size(ft_steps=k) for k in COUNTS],
+    "FT steps, finite": [Size(ft_steps=k, hvp="finite") for k in COUNTS],
+    "FT steps of everything": [Size(ft_steps=k, scope="all") for k in COUNTS],
+    "FT steps of everything, finite": [Size(ft_steps=k, scope="all", hvp="finite") for k in COUNTS],
+    "PT steps before": [Size(pt_steps=n) for n in (1, 3, 10, 30, 100, 300, 1000)],
+    "batch": [Size(batch=b) for b in (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)],
 }
 AXES = {"PT parameters": "parameters", "meta-parameters": "weights", "terms": "terms", "FT steps": "ft_steps",
         "PT steps before": "pt_steps", "batch": "batch"}  # fmt: skip
