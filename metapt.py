@@ -626,6 +626,7 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -1155,6 +1156,9 @@ def fetch(url: str, path: Path, sha256: str | None, advance, tries: int = 5, ses
                     False  # what came before a cut is kept; the length is checked below
                 )
                 resumed = response.status_code == 206
+                if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                    part.unlink()
+                    raise OSError("it sent another part than was asked for")
                 total = int(response.headers.get("Content-Length", 0)) + (have if resumed else 0)
                 with part.open("ab" if resumed else "wb") as file:
                     for chunk in response.iter_content(1 << 16):
@@ -1165,8 +1169,10 @@ def fetch(url: str, path: Path, sha256: str | None, advance, tries: int = 5, ses
             problem = f"{url}: the connection ended early"
         except requests.HTTPError as error:
             problem, code = str(error), error.response.status_code
-            if code == 416:  # more is here than there: begin again
-                part.unlink()
+            if code == 416:
+                if error.response.headers.get("Content-Range") == f"bytes */{have}":  # all of it is here
+                    break
+                part.unlink()  # more is here than there: begin again
             elif code in (404, 410):
                 raise NotThere(problem) from None
             elif code < 500 and code != 429:
@@ -1194,6 +1200,33 @@ def adopt(source: Path, path: Path, sha256: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, path.with_name(path.name + ".part"))
     path.with_name(path.name + ".part").replace(path)
+
+
+@contextlib.contextmanager
+def prepared_folder(folder: Path, names: Sequence[str]):
+    """A new folder to fill, which takes the place of `folder` when it is whole.
+
+    Raises:
+        BadInput: `folder` holds something else than `names`: what is not prepared data is never replaced.
+    """
+    folder = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file, not a folder of prepared data")
+    others = {path.name for path in folder.iterdir()} - {*names, "about.json"} if folder.exists() else ()
+    if others:
+        raise BadInput(f"{folder} holds {min(others)}, which is no prepared data: name another folder")
+    part, old = (folder.with_name(f".{folder.name}.metapt-{what}") for what in ("part", "old"))
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.replace(old)
+        part.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def digest(path: Path) -> str:
@@ -1292,7 +1325,7 @@ def prepare_graphs(folder: Path, pieces, terms: list[str], finetune_terms: int) 
     """Writes `RawGraphs` in the prepared layout; the folder gets its name when it is whole.
 
     Args:
-        folder: where it goes; what is there is replaced.
+        folder: where it goes; prepared graphs that are there are replaced.
         pieces: an iterable of RawGraphs, so that a source need not be in memory at once.
         terms: names of the tasks.
         finetune_terms: the last so many of them are FT tasks; 0: they are drawn by seed.
@@ -1301,28 +1334,38 @@ def prepare_graphs(folder: Path, pieces, terms: list[str], finetune_terms: int) 
         What about.json says: counts and names.
 
     Raises:
-        BadInput: a graph that cannot be.
+        BadInput: a graph that cannot be, no graph at all, or a folder that holds something else.
     """
-    part, counts = folder.with_name(folder.name + ".part"), {"graphs": 0, "nodes": 0, "edges": 0}
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((part / f"{name}.bin").open("wb")) for name in PPI_ARRAYS}
-        for piece in pieces:
-            arrays = flatten_graphs(piece, counts["graphs"], len(terms))
-            for name, values in arrays.items():
-                values.astype(PPI_ARRAYS[name][0]).tofile(files[name])
-            for name, n in (("graphs", len(piece.sizes)), ("nodes", piece.sizes.sum()), ("edges", piece.degrees.sum())):
-                counts[name] += int(n)
-    about = {"format": PPI_FORMAT, **counts, "tasks": len(terms), "finetune_terms": finetune_terms, "terms": terms}
-    save_json(part / "about.json", about)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.replace(folder)
+    counts = {"graphs": 0, "nodes": 0, "edges": 0}
+    with prepared_folder(folder, [f"{name}.bin" for name in PPI_ARRAYS]) as part:
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context((part / f"{name}.bin").open("wb")) for name in PPI_ARRAYS}
+            for piece in pieces:
+                arrays = flatten_graphs(piece, counts["graphs"], len(terms))
+                for name, values in arrays.items():
+                    values.astype(PPI_ARRAYS[name][0]).tofile(files[name])
+                added = {"graphs": len(piece.sizes), "nodes": piece.sizes.sum(), "edges": piece.degrees.sum()}
+                counts = {name: counts[name] + int(n) for name, n in added.items()}
+        if not all(counts.values()):
+            raise BadInput(f"there is no graph with an edge: {counts['graphs']} graphs, {counts['edges']} edges")
+        about = {"format": PPI_FORMAT, **counts, "tasks": len(terms), "finetune_terms": finetune_terms, "terms": terms}
+        save_json(part / "about.json", about)
     return about
 
 
 def flatten_graphs(raw: RawGraphs, before: int, tasks: int) -> dict[str, np.ndarray]:
     """The arrays of the prepared layout, after checks; `before`: graphs before these, to say which one is wrong."""
+    whole = {"sizes": (raw.sizes, 1), "degrees": (raw.degrees, 1), "edges": (raw.edges, 2), "centre": (raw.centre, 1),
+             "species": (raw.species, 1)}  # fmt: skip
+    for name, (values, dimensions) in whole.items():
+        if values.ndim != dimensions or not np.issubdtype(values.dtype, np.integer):
+            raise BadInput(f"{name} of the graphs: {values.dtype} {list(values.shape)}, expected whole numbers")
+    rows = {len(raw.sizes)} | {len(v) for v in (raw.degrees, raw.centre, raw.species, raw.labels)}
+    columns = {raw.edges.shape[1], len(raw.features), int(raw.degrees.sum())}
+    if len(rows) > 1 or len(columns) > 1 or raw.features.ndim != 2 or raw.labels.ndim != 2 or (raw.degrees < 0).any():
+        raise BadInput(f"arrays of graphs that do not fit each other: {sorted(rows)} graphs, {sorted(columns)} edges")
+    if abs(raw.species).max(initial=0) >= 2**31:
+        raise BadInput(f"species {abs(raw.species).max()}: expected an NCBI taxon")
     graph = np.repeat(np.arange(len(raw.sizes)), raw.degrees)
     first = (raw.sizes.cumsum() - raw.sizes)[graph]
     source, target = raw.edges
@@ -1352,6 +1395,9 @@ def flatten_graphs(raw: RawGraphs, before: int, tasks: int) -> dict[str, np.ndar
             "source": source[order]}  # fmt: skip
 
 
+PYG_PARTS = ("edge_index", "edge_attr", "center_node_idx", "species_id", "go_target_pretrain", "go_target_downstream")
+
+
 class PygData:
     """What a PyG 1.0 `Data` object is restored to: its attributes, none of its code."""
 
@@ -1367,36 +1413,45 @@ def read_pyg(path: Path) -> tuple[dict, dict]:
     try:
         with torch.serialization.safe_globals([(PygData, "torch_geometric.data.data.Data")]):
             data, slices = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if not isinstance(data, PygData) or not isinstance(slices, dict):
-            raise TypeError("it is no pair of a Data object and slices")
+        right = isinstance(data, PygData) and isinstance(slices, dict)
     except FileNotFoundError:
         raise BadInput(f"{path} is missing") from None
     except Exception as error:  # noqa: BLE001 (torch raises half a dozen types for files that are torn or hostile)
-        name = re.search(r"(?:GLOBAL|class|global|function) ([\w.]+\.\w+)", str(error))
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        reason = f"it asks for {name[1]}" if name else first
+        asked = re.search(r"GLOBAL ([\w.]+)|(?:class|function) ([\w.]+\.\w+)", str(error))
+        # Never torch's own words: they tell how to load it unsafely.
+        reason = (
+            f"it asks for {asked[1] or asked[2]}"
+            if asked
+            else f"it is torn, or no such pickle ({type(error).__name__})"
+        )
         raise BadInput(f"{path} is not a data set of Hu et al.: {reason}") from None
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(others)
+    if not right:
+        raise BadInput(f"{path} is not a data set of Hu et al.: it is no pair of a Data object and slices")
     return vars(data), slices
 
 
 def published_graphs(data: dict, slices: dict, at_once: int = 4096):
     """RawGraphs from the attributes of a collated PyG data set; the centre's number is within its own graph."""
     try:
-        graphs = len(slices["edge_index"]) - 1
+        lengths = {name: len(slices[name]) for name in ("x", *PYG_PARTS)}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"slices of different lengths: {lengths}")
+        graphs = lengths["x"] - 1
         for begin in range(0, graphs, at_once):
             end = min(begin + at_once, graphs)
 
             def cut(name, dim=0, begin=begin, end=end):
-                low, high = int(slices[name][begin]), int(slices[name][end])
+                low, high = slices[name][begin].item(), slices[name][end].item()
                 return data[name].narrow(dim, low, high - low).numpy()
 
             sizes, degrees = (slices[n][begin : end + 1].diff().numpy() for n in ("x", "edge_index"))
             labels = [cut(f"go_target_{name}").reshape(end - begin, -1) for name in ("pretrain", "downstream")]
-            yield RawGraphs(sizes, degrees, cut("edge_index", 1), cut("edge_attr"), cut("center_node_idx").reshape(-1),
+            raw = RawGraphs(sizes, degrees, cut("edge_index", 1), cut("edge_attr"), cut("center_node_idx").reshape(-1),
                             cut("species_id").reshape(-1), np.concatenate(labels, 1))  # fmt: skip
+            yield raw
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"the data set is not laid out as Hu et al.'s: {type(error).__name__} {error}") from None
 
@@ -1410,20 +1465,18 @@ def prepare_published(source: Path, folder: Path) -> dict:
         source = found[-1]
     if not source.is_file():
         raise BadInput(f"{source} is missing")
-    unpacked = None
-    if source.suffix == ".zip":
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unpacked = source = unzip_published(source, folder.parent / "geometric_data_processed.pt")
-    try:
+    with contextlib.ExitStack() as stack:
+        if source.suffix == ".zip":
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            own = stack.enter_context(tempfile.TemporaryDirectory(prefix=".metapt-", dir=folder.parent))
+            source = unzip_published(source, Path(own) / "geometric_data_processed.pt")
         data, slices = read_pyg(source)
-        counts = [len(data[f"go_target_{n}"]) // (len(slices["x"]) - 1) for n in ("pretrain", "downstream")]
+        try:
+            counts = [len(data[f"go_target_{n}"]) // (len(slices["x"]) - 1) for n in ("pretrain", "downstream")]
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise BadInput(f"{source} is not laid out as Hu et al.'s: {type(error).__name__} {error}") from None
         terms = [f"PT task {i}" for i in range(counts[0])] + [f"FT task {i}" for i in range(counts[1])]
         return prepare_graphs(folder, published_graphs(data, slices), terms, counts[1])
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise BadInput(f"{source} is not laid out as Hu et al.'s: {type(error).__name__} {error}") from None
-    finally:
-        if unpacked is not None:
-            unpacked.unlink()
 
 
 def unzip_published(archive: Path, path: Path) -> Path:
@@ -1436,14 +1489,17 @@ def unzip_published(archive: Path, path: Path) -> Path:
                 n for n in names if n.startswith(("/", "\\")) or ".." in Path(n.replace("\\", "/")).parts or ":" in n
             ]:
                 raise BadInput(f"{archive} holds {out[0]!r}, which leaves the folder")
-            if not (found := [n for n in names if n.endswith(PPI_FILE)]):
+            # "unsupervised/processed" holds a file of the same name
+            if not (found := [n for n in names if f"/{n}".endswith(f"/{PPI_FILE}")]):
                 raise BadInput(f"{archive} holds no {PPI_FILE}")
-            enough_space(path.parent, 2 * content.getinfo(found[0]).file_size)
+            enough_space(path.parent, 5 * content.getinfo(found[0]).file_size // 4)  # what is prepared from it is small
             with content.open(found[0]) as member, part.open("wb") as file:
                 shutil.copyfileobj(member, file, 1 << 20)
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as error:
         part.unlink(missing_ok=True)
-        raise BadInput(f"{archive} is not a whole zip file, delete it to fetch it anew: {error}") from None
+        raise BadInput(
+            f"{archive} is not a whole zip file that can be read, delete it to fetch it anew: {error}"
+        ) from None
     part.replace(path)
     return path
 
@@ -1470,6 +1526,8 @@ def prepare_string(source: Path, folder: Path, cap: int = 64, species: int = 493
         BadInput: a file is missing or not what it should be.
     """
     source = source / "original" if (source / "original").is_dir() else source
+    if cap < 2:
+        raise BadInput(f"--cap is {cap}, expected 2 or more: a centre and a neighbour")
 
     def find(pattern):
         return sorted([*source.glob(pattern + ".txt"), *source.glob(pattern + ".txt.gz")])
@@ -1487,12 +1545,16 @@ def prepare_string(source: Path, folder: Path, cap: int = 64, species: int = 493
     try:
         path = dictionary[0]
         with text(path) as file:
-            node_of = ast.literal_eval(file.read())
+            node_of = dict(ast.literal_eval(file.read()))
         proteins = max(node_of.values()) + 1
+        if len(set(node_of.values())) < len(node_of) or min(node_of.values()) < 0 or proteins > 1_000_000:
+            raise ValueError("two proteins on one node, or a node that is none of 0 to 999,999")
         for channel in CHANNELS:
             for path in find(f"Org*_{channel}_*"):
                 with text(path) as file:
                     u, v, score = np.loadtxt(file, unpack=True, ndmin=2)
+                if not np.isfinite([u, v, score]).all() or (u % 1).any() or (v % 1).any():
+                    raise ValueError("a node that is no whole number, or a score that is not finite")
                 scores[channel] = (u.astype(np.int64) - 1) * proteins + v.astype(np.int64) - 1, score
                 if min(u.min(), v.min()) < 1 or max(u.max(), v.max()) > proteins or (u == v).any():
                     raise ValueError("a link to itself, or to a node that the dictionary does not have")
@@ -1500,10 +1562,14 @@ def prepare_string(source: Path, folder: Path, cap: int = 64, species: int = 493
             with text(path) as file:
                 names = file.readline().split()[1:]
                 rows = [row for row in map(str.split, file) if row[0] in node_of]  # others have no links
+            values = np.array([row[1:] for row in rows], np.int64)
+            if not ((values == 0) | (values == 1)).all():
+                raise ValueError("a label is neither 0 nor 1")
             table = np.zeros((proteins, len(names)), np.uint8)
-            table[[node_of[row[0]] for row in rows]] = np.array([row[1:] for row in rows], np.uint8)
+            table[[node_of[row[0]] for row in rows]] = values
             terms, columns = terms + names, [*columns, table]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, SyntaxError, IndexError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, ArithmeticError, SyntaxError,
+            MemoryError, RecursionError) as error:  # fmt: skip
         raise BadInput(f"{path} cannot be read: {type(error).__name__} {error}") from None
 
     keys = np.unique(np.concatenate([key for key, _ in scores.values()]))  # sorted by u, then v
@@ -1728,10 +1794,8 @@ def prepare_ecg(
     pieces = [rows.iloc[i : i + at_once] for i in range(0, len(rows), at_once)]
     jobs = [(source, names := list(piece.filename_lr),
              {f: sums[f] for n in names for f in (f"{n}.hea", f"{n}.dat") if f in sums}) for piece in pieces]  # fmt: skip
-    part, index = folder.with_name(folder.name + ".part"), {name: [] for name in ECG_INDEX}
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    with contextlib.ExitStack() as stack:
+    index = {name: [] for name in ECG_INDEX}
+    with prepared_folder(folder, ("samples.bin", "index.npz")) as part, contextlib.ExitStack() as stack:
         file, several = stack.enter_context((part / "samples.bin").open("wb")), len(pieces) > 4
         if several:  # processes take seconds to begin; "spawn", because torch may have begun threads in this one
             spawn = multiprocessing.get_context("spawn")
@@ -1750,13 +1814,11 @@ def prepare_ecg(
                                        gain, baseline, (signal.sum(), (signal**2).sum())), strict=True):  # fmt: skip
                     index[name].append(value)
             advance(min(done * at_once, len(rows)), total=len(rows))
-    if not index["ecg_id"]:
-        raise BadInput(f"{source} holds no record that is right; the first: {(wrong or ['there is none'])[0]}")
-    np.savez(part / "index.npz", **{name: np.array(values) for name, values in index.items()})
-    about = {"format": ECG_FORMAT, "records": len(index["ecg_id"]), "left_out": wrong}
-    save_json(part / "about.json", about)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.replace(folder)
+        if not index["ecg_id"]:
+            raise BadInput(f"{source} holds no record that is right; the first: {(wrong or ['there is none'])[0]}")
+        np.savez(part / "index.npz", **{name: np.array(values) for name, values in index.items()})
+        about = {"format": ECG_FORMAT, "records": len(index["ecg_id"]), "left_out": wrong}
+        save_json(part / "about.json", about)
     return about
 
 
@@ -1878,12 +1940,13 @@ class Settings:
     compare_scope: str = _option("head", "What the FT that measures an encoder moves: head or all")
     finetune_steps: int = _option(500, "Steps of the FT that measures an encoder")
     finetune_epochs: int = _option(0, "Epochs of that FT, instead of steps; 0: --finetune-steps holds")
+    compare_batch_size: int = _option(64, "Examples a step of that FT")
     compare: int = _option(3, "Seeds of the closing comparison; 0: none")
     checkpoint_every: int = _option(20, "Meta steps (or P PT steps) between two checkpoints")
 
     def __post_init__(self):
         for name in ("steps", "meta_every", "batch_size", "finetune_batch_size", "meta_batch_size",
-                     "validation_batch_size", "finetune_steps", "checkpoint_every"):  # fmt: skip
+                     "validation_batch_size", "compare_batch_size", "finetune_steps", "checkpoint_every"):  # fmt: skip
             self._check(getattr(self, name) >= 1, name, "1 or more")
         for name in ("warmup", "unroll_steps", "terms", "damping", "compare", "kick_deg"):
             self._check(getattr(self, name) >= 0, name, "0 or more")
@@ -2235,7 +2298,7 @@ class PPI(Domain):
         "paper": {
             **PUBLISHED, "steps": 250_000, "warmup": 2_500, "batch_size": 32, "meta_batch_size": 32, "dropout": 0.2,
             "finetune_batch_size": 32, "validation_batch_size": 32, "lr": 1e-4, "alpha": 1e-4, "finetune_lr": 1e-4,
-            "meta_lr": 1.0, "compare_lr": 1e-4,
+            "meta_lr": 1.0, "compare_lr": 1e-4, "finetune_epochs": 50, "compare_batch_size": 32,
         },
     }  # fmt: skip
 
@@ -2244,6 +2307,7 @@ class PPI(Domain):
         sources = [settings.source] if settings.source else PPI_SOURCES
         folders = [data / "ppi" / name for name in sources]
         folder = next((f for f in folders if (f / "about.json").exists()), folders[-1])
+        self.settings = settings = dataclasses.replace(settings, source=folder.name)  # a run goes on with the same
         self.graphs = graphs = Graphs(folder, device)
         random, everything = np.random.default_rng(settings.seed), torch.arange(len(graphs.sizes), device=device)
         positives = None if graphs.about["finetune_terms"] else graphs.positives(everything)
@@ -2907,7 +2971,7 @@ class Finetuned(NamedTuple):
 def finetune(
     domain: Domain, network: Network, examples: int, seed: int, scope: str, lr: float, steps: int | None = None
 ) -> Finetuned:
-    """FT of a fresh head on a pre-trained encoder (Adam), the test score at the best of 25 looks at the validation loss.
+    """FT of a fresh head on a pre-trained encoder (Adam), the test score at the best look at the validation loss.
 
     Args:
         domain: the experiment.
@@ -2915,10 +2979,10 @@ def finetune(
         examples: how many of the FT examples are used; every method gets the same ones for the same seed.
         seed: of the choice of examples, of the head and of the batches.
         scope: "head": linear evaluation; "all": the encoder moves too.
-        lr, steps: of FT, with batches of 64; steps=None: as the settings say.
+        lr, steps: of FT; steps=None: as the settings say, and where they say epochs the best is that of all epochs.
     """
     torch.manual_seed(seed)
-    train, validate = domain.divide(examples)
+    settings, (train, validate) = domain.settings, domain.divide(examples)
     chosen = torch.randperm(domain.sizes["finetune"])[:train]  # the first of one order: sets by size are nested
     order = torch.randperm(domain.sizes["validation"], generator=torch.Generator().manual_seed(seed))
     head, network = domain.head(), copy.deepcopy(network).eval()
@@ -2945,10 +3009,10 @@ def finetune(
 
     parameters = [*head.parameters(), *(network.parameters() if scope == "all" else [])]
     optimizer = adam(parameters, lr)
-    best, kept, batches = math.inf, math.nan, Stream(len(chosen), 64, device)
-    if steps is None:
-        steps = domain.settings.finetune_epochs * -(-train // 64) or domain.settings.finetune_steps
-    looks = {round(look * steps / 25) for look in range(1, 26)}
+    best, kept, batches = math.inf, math.nan, Stream(len(chosen), settings.compare_batch_size, device)
+    number = 25 if steps else settings.finetune_epochs or 25
+    steps = steps or settings.finetune_epochs * -(-train // settings.compare_batch_size) or settings.finetune_steps
+    looks = {round(look * steps / number) for look in range(1, number + 1)}
     for step in range(1, steps + 1):
         rows = batches.next()
         if scope == "all":
@@ -3358,7 +3422,7 @@ def with_settings(command):
         presets = {name.split("-")[-1]: kind.presets["default"] for name, (kind, _) in DOMAINS.items()}
         defaults = [str(f.default), *(f"{name}: {p[f.name]}" for name, p in presets.items() if f.name in p)]
         only = f" ({' and '.join(f.metadata['only'].split())} domains)" if f.metadata["only"] else ""
-        text = f"{f.metadata['help']}{only}. [default: {'; '.join(defaults)}]"
+        text = f"{f.metadata['help']}{only}. \\[default: {'; '.join(defaults)}]"
         kind = Annotated[f.type | None, typer.Option(help=text, show_default=False)]
         options.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
     wrapper.__signature__ = inspect.Signature([*own, *options])
@@ -3372,18 +3436,27 @@ Preset = Annotated[str, typer.Option(help="Settings to begin with: default, or p
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Data = Annotated[Path, typer.Option(help="Where downloaded data lie")]
 Out = Annotated[
-    Path | None, typer.Option(help="Folder of the run [default: a new one under runs/]", show_default=False)
+    Path | None, typer.Option(help="Folder of the run \\[default: a new one under runs/]", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object and nothing else")]
 Resume = Annotated[Path | None, typer.Option(help="Go on with this run, from its last checkpoint")]
 Epochs = Annotated[int | None, typer.Option(help="PT epochs, instead of --steps")]
-Sizes = Annotated[str | None, typer.Option(help="Sizes of the FT set, as 30,100,300 [default: the domain's]")]
+Sizes = Annotated[str | None, typer.Option(help="Sizes of the FT set, as 30,100,300 \\[default: the domain's]")]
 Seeds = Annotated[int, typer.Option(help="FT is repeated with this many seeds", min=1)]
 Scope = Annotated[str, typer.Option("--scope", help="What FT moves: head or all")]
-Rate = Annotated[float | None, typer.Option("--lr", help="Learning rate of FT [default: 0.01 for head, 0.001 for all]")]
+Rate = Annotated[
+    float | None,
+    typer.Option(
+        "--lr",
+        help="Learning rate of FT \\[default: the run's for its own --compare-scope; else 0.01 (head), 0.001 (all)]",
+    ),
+]
+Half = Annotated[
+    str | None, typer.Option(help="ppi: test proteins that are scored, unseen or broad \\[default: the run's]")
+]
 FtSteps = Annotated[
     int | None,
-    typer.Option("--steps", help="Steps of FT, best of 25 looks at the validation loss [default: the run's]", min=1),
+    typer.Option("--steps", help="Steps of FT, best of 25 looks at the validation loss \\[default: the run's]", min=1),
 ]
 
 
@@ -3405,6 +3478,8 @@ def download(
         )
     if kind is not None and (dataset != "ppi" or kind not in PPI_SOURCES):
         raise BadInput(f"--source is {kind!r}; it belongs to ppi, which has {' and '.join(PPI_SOURCES)}")
+    if url is not None and source is not None:
+        raise BadInput("--url and --from name two places to take the data from: give one")
     if strict and dataset != "ecg":
         raise BadInput("--strict belongs to ecg")
     options = ({"kind": kind} if kind else {}) | ({"strict": True} if strict else {})
@@ -3533,6 +3608,7 @@ def train(command, domain_name, given, preset, epochs, device, data, out, resume
         if command == "meta" and settings.method != "supervised":
             raise BadInput(f"--method {settings.method} belongs to pretrain: meta learns the weights of PT tasks alone")
         domain = make_domain(domain_name, settings, device, data)
+        settings = domain.settings
         if epochs is not None:
             if "steps" in given or epochs < 1:
                 raise BadInput("--epochs takes 1 or more, and does not go with --steps")
@@ -3675,7 +3751,9 @@ def finite_or_none(value) -> float | None:
 def validation_loss(domain: Domain, learner: Learner) -> float:
     """L_V over the whole validation part, with the θ and ψ that the run ended with."""
     index = torch.arange(domain.sizes["validation"], device=next(learner.network.parameters()).device)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(domain.settings.seed)
+        domain.begin_episode(learner.meta)  # the same after a resume
         loss = domain.finetune_loss(learner.network, learner.head, "validation", index)
         return loss(_detached(learner.network), learner.psi).item()
 
@@ -3730,8 +3808,14 @@ class Subject(NamedTuple):
     run: Run | None  # None: a plain encoder file
 
 
-def load_subject(path: Path, domain_name: str | None, device: torch.device, data: Path) -> Subject:
-    """An encoder from a run, or from a file with the `state_dict` of one."""
+def load_subject(path: Path, domain_name: str | None, device: torch.device, data: Path, half: str | None) -> Subject:
+    """An encoder from a run, or from a file with the `state_dict` of one; `half`: instead of the run's."""
+
+    def with_half(settings):
+        if half is not None and domain_name != "ppi":
+            raise BadInput(f"--half belongs to ppi, {path} is of the domain {domain_name}")
+        return settings if half is None else dataclasses.replace(settings, half=half)
+
     if path.is_dir():
         run = Run.open(path)
         config = run.config()
@@ -3739,6 +3823,7 @@ def load_subject(path: Path, domain_name: str | None, device: torch.device, data
             raise BadInput(f"{path} is of the domain {config['domain']}, not {domain_name}")
         domain_name, settings = config["domain"], config["settings"]
         method = "online" if config["command"] == "meta" else "learned_phi" if config["phi"] else "default_phi"
+        settings = with_half(settings)
         domain = make_domain(domain_name, settings, device, data)
         content = run.checkpoint(domain_name)
         try:
@@ -3749,7 +3834,7 @@ def load_subject(path: Path, domain_name: str | None, device: torch.device, data
         if domain_name is None and path.exists():
             raise BadInput(f"{path} is a plain file: name its --domain")
         state, run, method = load_tensors(path), None, path.stem
-        settings = settings_of(domain_name or "digits-rotation", {})
+        settings = with_half(settings_of(domain_name or "digits-rotation", {}))
         domain = make_domain(domain_name, settings, device, data)
         module = domain.network()
     try:
@@ -3758,7 +3843,7 @@ def load_subject(path: Path, domain_name: str | None, device: torch.device, data
         raise BadInput(
             f"{path} holds no encoder of {domain_name}: {str(error).strip().splitlines()[-1].strip()[:160]}"
         ) from None
-    return Subject(method, domain_name, settings, domain, module, run)
+    return Subject(method, domain_name, domain.settings, domain, module, run)
 
 
 def parse_sizes(text: str | None, domain: Domain) -> list[int]:
@@ -3774,12 +3859,11 @@ def parse_sizes(text: str | None, domain: Domain) -> list[int]:
     return sizes
 
 
-def check_scope(scope: str, lr: float | None) -> float:
+def check_scope(scope: str, lr: float | None) -> None:
     if scope not in ("head", "all"):
         raise BadInput(f"--scope is {scope!r}, expected head or all")
     if lr is not None and not 0 < lr < math.inf:
         raise BadInput(f"--lr is {lr}, expected a positive finite number")
-    return lr or {"head": 1e-2, "all": 1e-3}[scope]
 
 
 @app.command(name="finetune")
@@ -3791,6 +3875,7 @@ def finetune_command(
     scope: Scope = "head",
     lr: Rate = None,
     steps: FtSteps = None,
+    half: Half = None,
     export: Annotated[Path | None, typer.Option(help="Also write the encoder's state_dict to this file")] = None,
     device: Device = "auto",
     data: Data = Path("data"),
@@ -3798,7 +3883,9 @@ def finetune_command(
     json: Json = False,
 ):
     """Fine-tune from a run's encoder, over seeds and FT-set sizes, beside an encoder without pre-training."""
-    measure_runs("finetune", [run], domain, sizes, seeds, scope, lr, steps, device, data, out, json, export=export)
+    measure_runs(
+        "finetune", [run], domain, sizes, seeds, scope, lr, steps, half, device, data, out, json, export=export
+    )
 
 
 @app.command(name="eval")
@@ -3812,6 +3899,7 @@ def eval_command(
     scope: Scope = "head",
     lr: Rate = None,
     steps: FtSteps = None,
+    half: Half = None,
     random_phi: Annotated[
         int,
         typer.Option(
@@ -3824,17 +3912,23 @@ def eval_command(
     json: Json = False,
 ):
     """Test metrics of runs side by side, paired by seed, with differences and their 95 % intervals."""
-    measure_runs("eval", runs, domain, sizes, seeds, scope, lr, steps, device, data, out, json, random_phi=random_phi)
+    measure_runs(
+        "eval", runs, domain, sizes, seeds, scope, lr, steps, half, device, data, out, json, random_phi=random_phi
+    )
 
 
 def measure_runs(
-    command, paths, domain_name, sizes, seeds, scope, lr, steps, device, data, out, as_json, export=None, random_phi=0
-):
+    command, paths, domain_name, sizes, seeds, scope, lr, steps, half, device, data, out, as_json, export=None,
+    random_phi=0,
+):  # fmt: skip
     """`finetune` and `eval` from the command line to the summary."""
     console, begun, device = rich.console.Console(stderr=as_json), time.perf_counter(), pick_device(device)
-    lr = check_scope(scope, lr)
-    subjects = [load_subject(path, domain_name, device, data) for path in paths]
+    check_scope(scope, lr)
+    subjects = [load_subject(path, domain_name, device, data, half) for path in paths]
     first = subjects[0]
+    if lr is None:
+        own = first.run is not None and scope == first.settings.compare_scope
+        lr = first.settings.compare_lr if own else {"head": 1e-2, "all": 1e-3}[scope]
     for path, subject in zip(paths, subjects, strict=True):
         if subject.domain_name != first.domain_name:
             raise BadInput(f"{path} is of the domain {subject.domain_name}, {paths[0]} of {first.domain_name}")
@@ -3842,9 +3936,9 @@ def measure_runs(
             raise BadInput(
                 f"{path} has other data than {paths[0]}: runs with the same --seed and --noise can be compared"
             )
-        for name in ("source", "unseen_tasks", "fold", "half"):
+        for name in ("source", "unseen_tasks", "fold", "half", "test_folds"):
             if getattr(subject.settings, name) != getattr(first.settings, name):
-                raise BadInput(f"{path} has another --{name.replace('_', '-')} than {paths[0]}: other FT tasks")
+                raise BadInput(f"{path} has another --{name.replace('_', '-')} than {paths[0]}: other test data")
     domain, sizes = first.domain, parse_sizes(sizes, first.domain)
     one_thread(first.domain_name)
     if export is not None and not export.parent.is_dir():

@@ -23,5 +23,6 @@ given = parser.parse_args()
 try:
     about = metapt.prepare_string(given.source, given.folder, given.cap, given.species)
 except metapt.BadInput as error:
-    sys.exit(f"string_graphs: {error}")
+    print(f"string_graphs: {error}", file=sys.stderr)
+    sys.exit(2)
 print(f"{about['graphs']} graphs, {about['nodes']} nodes, {about['edges']} directed edges, {about['tasks']} GO terms")

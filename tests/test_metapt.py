@@ -306,8 +306,14 @@ class Server(http.server.BaseHTTPRequestHandler):
         if asked and fault != "no ranges":
             begin = int(re.fullmatch(r"bytes=(\d+)-", asked).group(1))
             if begin >= len(content):
-                return self.send_error(416)
-        self.send_response(206 if begin else 200)
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+            if fault == "other range":
+                begin = 0
+        self.send_response(206 if asked and fault != "no ranges" else 200)
+        self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - begin))
         self.end_headers()
         sent = content[begin : begin + 100_000] if fault == "cut" else content[begin:]
@@ -358,6 +364,13 @@ def test_fetch_begins_again_where_it_cannot_go_on(server, tmp_path):
     fetch(server, tmp_path / "other")
     assert (tmp_path / "file").read_bytes() == (tmp_path / "other").read_bytes() == Server.CONTENT
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "other"]
+    Server.faults = ["cut", "other range"]  # what is sent is not what was asked for: it must not be appended
+    fetch(server, tmp_path / "third")
+    assert (tmp_path / "third").read_bytes() == Server.CONTENT
+    Server.ranges.clear()
+    (tmp_path / "whole.part").write_bytes(Server.CONTENT)  # the last try was cut off after its last byte
+    fetch(server, tmp_path / "whole")
+    assert Server.ranges == ["bytes=300000-"]
 
 
 def test_fetch_replaces_a_wrong_file_only_by_a_right_one(server, tmp_path):
@@ -368,6 +381,55 @@ def test_fetch_replaces_a_wrong_file_only_by_a_right_one(server, tmp_path):
     assert (tmp_path / "file").read_bytes() == b"wrong"
     fetch(server, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == Server.CONTENT
+
+
+def test_a_prepared_folder_takes_the_place_of_prepared_data_alone(tmp_path):
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(metapt.BadInput, match=r"thesis.txt"), metapt.prepared_folder(folder, ["a.bin"]):
+        pass
+    assert (folder / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(metapt.BadInput, match="is a file"), metapt.prepared_folder(folder / "thesis.txt", ["a.bin"]):
+        pass
+    folder = tmp_path / "ours"
+    for content in (b"1", b"2"):
+        with metapt.prepared_folder(folder, ["a.bin"]) as part:
+            (part / "a.bin").write_bytes(content)
+        assert (folder / "a.bin").read_bytes() == content
+    with pytest.raises(ZeroDivisionError), metapt.prepared_folder(folder, ["a.bin"]) as part:
+        (part / "a.bin").write_bytes(b"3")
+        1 / 0  # noqa: B018
+    assert (folder / "a.bin").read_bytes() == b"2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "ours"]
+
+
+@pytest.mark.parametrize("command", ["meta", "pretrain", "finetune", "eval"])
+def test_help_names_defaults(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "300")
+    out = metapt_in(tmp_path, command, "--help").stdout
+    assert out.count("[default: ") >= (60 if command in ("meta", "pretrain") else 5)
+    if command == "meta":
+        assert "PT steps. [default: 1000; rotation: 850;" in out
+
+
+def test_the_best_look_counts_and_networks_are_measured_in_evaluation_mode(monkeypatch):
+    """FT at a learning rate that ruins the head: the score is that of the lowest validation loss, not of the last."""
+    made = metapt.make_domain("digits-noise", metapt.settings_of("digits-noise", {}), torch.device("cpu"), Path("data"))
+    losses, real = [], made.loss
+
+    def loss(outputs, targets):
+        value = real(outputs, targets)
+        if not outputs.requires_grad:
+            losses.append(value.item())
+        return value
+
+    monkeypatch.setattr(made, "loss", loss)
+    monkeypatch.setattr(made, "score", lambda outputs, targets: float(len(losses)))
+    found = metapt.finetune(made, made.network(), 100, 0, "head", 3.0, 50)
+    assert len(losses) == 25
+    assert found.validation_loss == min(losses) < losses[-1]
+    assert found.score == losses.index(min(losses)) + 1
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/a b", "nowhere"])

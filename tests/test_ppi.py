@@ -1,10 +1,12 @@
 """The PPI domain: graphs in flat arrays, the published format, the GIN beside a plain one, the domain and its commands."""
 
 import contextlib
+import gzip
 import http.server
 import itertools
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -244,8 +246,9 @@ def pyg_1():
         sys.modules.update(before)
 
 
-def published(path: Path, raw: metapt.RawGraphs, new: bool, finetune=40, **more) -> None:
+def published(path: Path, raw: metapt.RawGraphs, new: bool, finetune=40, slices=None, **more) -> None:
     """A file as Hu et al.'s: collated by PyG 1.0 and saved by torch of that time, or in today's container."""
+    spoiled = slices or {}
     graphs = len(raw.sizes)
     data = FakeData()
     data.x, data.y, data.pos = torch.ones(raw.sizes.sum(), 1), None, None
@@ -260,6 +263,7 @@ def published(path: Path, raw: metapt.RawGraphs, new: bool, finetune=40, **more)
             "go_target_downstream": np.full(graphs, finetune)}  # fmt: skip
     slices = {name: torch.from_numpy(np.concatenate([[0], n.cumsum()])) for name, n in ends.items()}
     vars(data).update(more)
+    slices.update(spoiled)
     with pyg_1():
         torch.save((data, slices), path, _use_new_zipfile_serialization=new)
 
@@ -293,6 +297,10 @@ def test_a_pickle_that_asks_for_anything_else_is_refused_by_name(tmp_path, new):
     published(tmp_path / "file.pt", generated(), new, extra=Hostile())
     with pytest.raises(metapt.BadInput, match=r"file.pt .*it asks for (posix|os|nt).system"):
         metapt.read_pyg(tmp_path / "file.pt")
+    for builtin in (eval, getattr):
+        published(tmp_path / "file.pt", generated(), new, extra=builtin)
+        with pytest.raises(metapt.BadInput, match=f"it asks for {builtin.__name__}$"):
+            metapt.read_pyg(tmp_path / "file.pt")
     published(tmp_path / "file.pt", generated(), new, extra=Path("x"))
     with pytest.raises(metapt.BadInput, match=r"it asks for pathlib\S*Path"):
         metapt.read_pyg(tmp_path / "file.pt")
@@ -312,9 +320,36 @@ def test_other_files_are_refused(tmp_path):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(metapt.BadInput, match=r"file.pt"):
         metapt.read_pyg(path)
-    published(path, generated(), True, edge_attr=torch.zeros(3, 9))
-    with pytest.raises(metapt.BadInput, match="not laid out"):
-        metapt.prepare_published(path, tmp_path / "g")
+
+
+@pytest.mark.parametrize(
+    ("more", "slices"),
+    [
+        ({"edge_attr": torch.zeros(3, 9)}, {}),
+        ({"edge_attr": torch.zeros(5788)}, {}),
+        ({"edge_index": torch.zeros(2, 5788)}, {}),
+        ({"center_node_idx": torch.full((300,), 0.5)}, {}),
+        ({"species_id": torch.full((300,), 2**40)}, {}),
+        ({"species_id": torch.full((300,), torch.nan)}, {}),
+        ({"edge_attr": torch.full((5788, 9), torch.nan)}, {}),
+        ({}, {"x": torch.arange(10)}),
+        ({}, {"x": torch.arange(301).float()}),
+        ({}, {"x": torch.zeros(301, 2, dtype=torch.long)}),
+        ({}, {"edge_index": torch.arange(300)}),
+        ({}, {"edge_index": torch.arange(301).flip(0)}),
+        ({}, {name: torch.zeros(1, dtype=torch.long) for name in ("x", *metapt.PYG_PARTS)}),
+        ({}, {"species_id": None}),
+    ],
+)
+def test_a_published_file_of_wrong_shapes_is_refused_and_the_good_one_stays(tmp_path, more, slices):
+    good = prepared(tmp_path / "g")
+    assert good.degrees.sum() == 5788
+    before = (tmp_path / "g" / "sums.bin").read_bytes()
+    published(tmp_path / "file.pt", good, True, slices=slices, **more)
+    with pytest.raises(metapt.BadInput):
+        metapt.prepare_published(tmp_path / "file.pt", tmp_path / "g")
+    assert (tmp_path / "g" / "sums.bin").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.pt", "g"]
 
 
 def archive(path: Path, members: dict) -> None:
@@ -329,7 +364,7 @@ def benchmark_zip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zip")
     published(folder / "file.pt", generated(**SEVERAL), False)
     member = f"dataset/{metapt.PPI_FILE}"
-    archive(folder / "bio_dataset.zip", {"dataset/unsupervised/raw/junk": b"0" * 999, member: (folder / "file.pt").read_bytes()})  # fmt: skip
+    archive(folder / "bio_dataset.zip", {"dataset/un" + metapt.PPI_FILE: b"0" * 999, member: (folder / "file.pt").read_bytes()})  # fmt: skip
     return folder / "bio_dataset.zip"
 
 
@@ -376,6 +411,13 @@ def test_bad_archives_are_refused(benchmark_zip, tmp_path, monkeypatch):
     for name in ("../evil", "/etc/evil", "a/../../evil", "..\\evil", "C:\\evil"):
         archive(path, {metapt.PPI_FILE: b"x", name: b"x"})
         assert "leaves the folder" in refused(tmp_path, "download", "ppi", "--from", path)
+    locked = bytearray(content)
+    for signature, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flags of each member: encrypted
+        at = -1
+        while (at := locked.find(signature, at + 1)) >= 0:
+            locked[at + place] |= 1
+    path.write_bytes(bytes(locked))
+    assert "encrypted" in refused(tmp_path, "download", "ppi", "--from", path)
     archive(path, {"other": b"x"})
     assert "holds no supervised" in refused(tmp_path, "download", "ppi", "--from", path)
     path.write_bytes(content)
@@ -383,7 +425,18 @@ def test_bad_archives_are_refused(benchmark_zip, tmp_path, monkeypatch):
     assert "GB are free" in refused(tmp_path, "download", "ppi", "--from", path)
     assert "missing" in refused(tmp_path, "download", "ppi", "--from", tmp_path / "none")
     assert not (tmp_path / "data" / "ppi" / "published").exists()
-    assert not list((tmp_path / "data" / "ppi").glob("*.pt*"))
+    assert not list((tmp_path / "data" / "ppi").iterdir())
+    assert "two places" in refused(tmp_path, "download", "ppi", "--from", path, "--url", "http://127.0.0.1:1")
+
+
+def test_a_file_of_the_users_own_stays(benchmark_zip, tmp_path):
+    own = tmp_path / "data" / "ppi" / "geometric_data_processed.pt"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"mine")
+    code, _, err = main_in(tmp_path, "download", "ppi", "--from", benchmark_zip)
+    assert code == 0, err
+    assert own.read_bytes() == b"mine"
+    assert sorted(path.name for path in own.parent.iterdir()) == [own.name, "published"]
 
 
 # STRING and GO.
@@ -423,11 +476,19 @@ def test_bad_string_files_are_named(tmp_path):
     assert "holds no" in refused(tmp_path, "download", "ppi", "--source", "string-yeast", "--from", tmp_path)
     string_files(tmp_path / "s")
     for name, content in (("Org1_database_x.txt", "1 9 0.5\n9 1 0.5\n"), ("B_node_dict.txt", "{'p0': "),
-                          ("org_1_BP.txt", "#id\tGO:1\np0\tmany\n")):  # fmt: skip
+                          ("B_node_dict.txt", "[1, 2]"), ("B_node_dict.txt", "{'p0': 0, 'p1': 0}"),
+                          ("B_node_dict.txt", "{'p0': 10**12}"), ("B_node_dict.txt", "{'p0': 10000000000000}"),
+                          ("Org1_database_x.txt", "1 2 nan\n2 1 nan\n"), ("Org1_database_x.txt", "1 1.5 1\n"),
+                          ("org_1_BP.txt", "#id\tGO:1\np0\tmany\n"), ("org_1_BP.txt", "#id\tGO:1\np0\t256\n"),
+                          ("org_1_BP.txt", "#id\tGO:1\np0\t-1\n")):  # fmt: skip
         before = (tmp_path / "s" / name).read_text()
         (tmp_path / "s" / name).write_text(content)
         assert name in refused(tmp_path, "download", "ppi", "--source", "string-yeast", "--from", tmp_path / "s")
         (tmp_path / "s" / name).write_text(before)
+    (tmp_path / "s" / "org_1_MF.txt.gz").write_bytes(gzip.compress(b"#id\tGO:1\n" * 99)[:-20] + b"torn" * 9)
+    assert "org_1_MF" in refused(tmp_path, "download", "ppi", "--source", "string-yeast", "--from", tmp_path / "s")
+    with pytest.raises(metapt.BadInput, match="--cap is 1"):
+        metapt.prepare_string(tmp_path / "s", tmp_path / "g", cap=1)
     assert "--from" in refused(tmp_path, "download", "ppi", "--source", "string-yeast")
     assert "belongs to ppi" in refused(tmp_path, "download", "mnist", "--source", "string-yeast")
     assert "belongs to ppi" in refused(tmp_path, "download", "ppi", "--source", "fly")
@@ -475,6 +536,69 @@ def test_splits(tmp_path, species):
         assert rows["test"] | rows["broad"] == human
         assert abs(len(rows["test"]) - len(rows["broad"])) <= 1
         assert a.finetune_tasks.min() == 20
+
+
+def test_finetuning_terms_are_drawn_among_those_with_sixty_positives(tmp_path):
+    labels = np.random.default_rng(0).random((300, 90)) < 0.4
+    rare = np.arange(0, 90, 2)
+    labels[:, rare] &= np.arange(300)[:, None] < 100  # fewer than 60
+    raw = generated(tasks=90)._replace(labels=labels.astype(np.int64))
+    metapt.prepare_graphs(tmp_path / "data" / "ppi" / "string-yeast", [raw], [str(i) for i in range(90)], 0)
+    enough = np.flatnonzero(labels.sum(0) >= 60)
+    assert 40 <= len(enough) <= 50
+    for seed in range(3):
+        made = domain(tmp_path, seed=seed)
+        assert set(made.finetune_tasks.tolist()) <= set(enough.tolist())
+        assert set(made.pretrain_tasks.tolist()) | set(made.finetune_tasks.tolist()) == set(range(90))
+
+
+def test_the_test_part_is_stratified_by_the_rarest_finetuning_term(tmp_path):
+    random = np.random.default_rng(0)
+    rarest = random.permutation(np.repeat(np.arange(40), 60))  # each protein has one FT term
+    labels = np.concatenate([random.random((2400, 20)) < 0.9, np.eye(40, dtype=bool)[rarest]], 1)
+    raw = generated(graphs=2400)._replace(labels=labels.astype(np.int64))
+    metapt.prepare_graphs(tmp_path / "data" / "ppi" / "published", [raw], [str(i) for i in range(60)], 40)
+    made = domain(tmp_path)
+    counts = made.graphs.labels(made.rows["test"], made.finetune_tasks).sum(0)
+    assert (counts - 9).abs().max() <= 1  # 60 of each, 30 % for test, half of these unseen
+
+
+def test_cotrain_adds_the_mean_over_known_labels(home):
+    made = domain(home, method="cotrain", dropout=0.0)
+    torch.manual_seed(0)
+    network, meta = made.network(), made.meta()
+    index = torch.arange(40)
+    value = both_gradients(made, network, meta, index)[0]
+    rows = made.rows["pretrain"][index]
+    known = torch.isin(rows, made.rows["finetune"])
+    assert 0 < known.sum() < 40
+    outputs = network.train()(made.inputs("pretrain", index))
+    tasks = len(made.pretrain_tasks)
+    entropy = nn.functional.binary_cross_entropy_with_logits
+    wanted = entropy(outputs[:, :tasks], made.graphs.labels(rows, made.pretrain_tasks))
+    wanted = wanted + entropy(outputs[known, tasks:], made.graphs.labels(rows[known], made.finetune_tasks))
+    torch.testing.assert_close(value, wanted)
+
+
+def test_agnostic_validates_on_the_tasks_that_the_episode_left_out(home):
+    made = domain(home, select=8, agnostic=True)
+    torch.manual_seed(0)
+    network, head, meta = made.network(), made.head(), made.meta()
+    made.begin_episode(meta)
+    index = torch.arange(12)
+    loss = made.finetune_loss(network, head, "validation", index)
+    theta, psi = metapt._detached(network), {n: p.detach() for n, p in head.named_parameters()}
+
+    def moved(columns):
+        bias = psi["bias"].clone()
+        bias[len(made.finetune_tasks) + columns] += 1
+        return loss(theta, {**psi, "bias": bias})
+
+    left_out = (~made.chosen).nonzero()[:, 0]
+    assert len(left_out) == 12
+    assert moved(made.chosen.nonzero()[:, 0]) == loss(theta, psi)
+    for column in left_out:
+        assert moved(column[None]) != loss(theta, psi)
 
 
 def test_pretrain_loss_is_the_weighted_mean_over_tasks(home):
@@ -584,7 +708,7 @@ def test_phi_is_learned_without_what_it_may_not_see(home):
         relabelled(home, lambda d: d.finetune_tasks, lambda d: d.rows["test"]),
         relabelled(home, lambda d: d.finetune_tasks[d.scored], unseen_tasks=10, fold=1),
         relabelled(home, lambda d: d.finetune_tasks, lambda d: d.rows["finetune"][d.access["finetune"] :], ft_share=0.5),
-        relabelled(home, lambda d: d.finetune_tasks, lambda d: d.rows["validation"][d.access["validation"] :], ft_share=0.5),
+        relabelled(home, lambda d: d.finetune_tasks, lambda d: d.rows["validation"][round(0.5 * d.sizes["validation"]) :], ft_share=0.5),
         relabelled(home, lambda d: d.finetune_tasks, select=8, agnostic=True),
     ]  # fmt: skip
     for first, second in same:
@@ -628,6 +752,24 @@ def test_selection_draws_k_tasks_in_proportion_and_lends_the_others_a_gradient(h
     assert len(seen) > 3  # another choice each episode
 
 
+def test_the_paper_preset_is_the_published_protocol():
+    s = metapt.settings_of("ppi", {}, "paper")
+    assert (s.width, s.layers, s.batch_size, s.lr, s.dropout, s.meta_every, s.unroll_steps) == (300, 5, 32, 1e-4, 0.2, 10, 1)  # fmt: skip
+    assert (s.solver, s.terms, s.alpha, s.meta_lr, s.finetune_lr) == ("neumann", 1, 1e-4, 1.0, 1e-4)
+    assert (s.steps, s.warmup) == (250_000, 2_500)  # 100 epochs and one, of about 80,000 graphs
+    assert (s.compare_scope, s.compare_lr, s.finetune_epochs, s.compare_batch_size) == ("head", 1e-4, 50, 32)
+    assert (s.meta_batch_size, s.finetune_batch_size, s.validation_batch_size, s.half) == (32, 32, 32, "unseen")
+
+
+def test_finetuning_by_epochs_looks_once_an_epoch(home, monkeypatch):
+    made = domain(home, finetune_epochs=3, compare_batch_size=32)
+    looks, real = [], made.targets
+    monkeypatch.setattr(made, "targets", lambda part, index: looks.append((part, len(index))) or real(part, index))
+    metapt.finetune(made, made.network(), 100, 0, "head", 1e-2)
+    assert [n for part, n in looks if part == "finetune"] == [32] * 12
+    assert len([part for part, _ in looks if part == "validation"]) == 3
+
+
 def test_full_transfer_trains_in_training_mode_with_its_own_dropout(home):
     made = domain(home)
     network = made.transfer(made.network().eval())
@@ -639,6 +781,11 @@ def test_full_transfer_trains_in_training_mode_with_its_own_dropout(home):
     metapt.finetune(made, network, 100, 0, "all", 1e-3, 10)
     assert all((b == before[name]).all() for name, b in network.named_buffers())  # a copy moved
     assert network.encoder.dropout != 0.5
+    moving, measured, transfer, targets = [], [], made.transfer, made.targets
+    made.transfer = lambda network: moving.append(network) or transfer(network)
+    made.targets = lambda part, index: measured.append((part, moving[-1].training)) or targets(part, index)
+    metapt.finetune(made, network, 100, 0, "all", 1e-3, 10)
+    assert {("finetune", True), ("validation", False), ("test", False)} == set(measured)
 
 
 # The commands.
@@ -673,7 +820,19 @@ def test_meta_on_several_species_and_either_half(tmp_path):
         both[half] = summary
     assert both["unseen"]["phi"] == both["broad"]["phi"]
     assert both["unseen"]["comparison"] != both["broad"]["comparison"]
+    given = ("--seeds", 1, "--steps", 10, "--sizes", "30")
+    scored = [summary_of(tmp_path, "eval", *a, *given)["comparison"][0]["mean"] for a in (
+        ("unseen",), ("broad",), ("unseen", "--half", "broad"), ("broad", "--half", "unseen"))]  # fmt: skip
+    assert scored[0] == scored[3] != scored[1] == scored[2]
     assert "--half" in refused(tmp_path, "eval", "unseen", "broad", "--out", "no")
+
+
+def test_a_run_stays_with_its_source(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "home")
+    given = ("eval", "run", "--seeds", 1, "--steps", 10, "--sizes", "30")
+    before = summary_of(tmp_path / "home", *given)["comparison"]
+    prepared(tmp_path / "home" / "data" / "ppi" / "published", seed=1)  # what a new run would take
+    assert summary_of(tmp_path / "home", *given)["comparison"] == before
 
 
 @pytest.mark.parametrize(
@@ -725,6 +884,7 @@ def test_bad_input_is_one_line(home, tmp_path):
         return refused(home, *arguments, "--out", tmp_path / "no")
 
     assert "--unseen-tasks" in says("meta", "ppi", "--unseen-tasks", 40)
+    assert "--compare-batch-size" in says("meta", "ppi", "--compare-batch-size", 0)
     assert "--unseen-tasks" in says("meta", "ppi", "--unseen-tasks", 10, "--fold", 4)
     assert "--select" in says("meta", "ppi", "--select", 20)
     assert "--agnostic" in says("meta", "ppi", "--agnostic")
@@ -763,6 +923,19 @@ def test_yeast_from_download_to_summary(tmp_path):
     given = {**TINY, "width": 16, "steps": 40, "meta_every": 10}
     summary = summary_of(tmp_path, "meta", "ppi", *options(given))
     assert all(row["mean"] > 0.5 for row in summary["comparison"])
+
+
+def test_the_script_replaces_nothing_but_prepared_graphs(tmp_path):
+    string_files(tmp_path / "s")
+    script, before = ROOT / "data_scripts" / "string_graphs.py", sorted(p.name for p in (tmp_path / "s").iterdir())
+    for target in (tmp_path / "s", "."):
+        done = subprocess.run(
+            [sys.executable, script, tmp_path / "s", target], check=False, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 2
+        assert "no prepared data" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == before
 
 
 def test_the_script_writes_what_the_command_writes(tmp_path):
