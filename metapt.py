@@ -1164,15 +1164,21 @@ def fetch(url: str, path: Path, sha256: str | None, advance, tries: int = 5, ses
                     for chunk in response.iter_content(1 << 16):
                         file.write(chunk)
                         advance(file.tell(), total or None)
-            if not total or part.stat().st_size >= total:
+            if total and part.stat().st_size < total:
+                problem = f"{url}: the connection ended early"
+            elif sha256 not in (None, digest(part)):
+                part.unlink()
+                problem = f"{url}: its SHA-256 is not {sha256}; what came was discarded"
+            else:
                 break
-            problem = f"{url}: the connection ended early"
         except requests.HTTPError as error:
             problem, code = str(error), error.response.status_code
             if code == 416:
-                if error.response.headers.get("Content-Range") == f"bytes */{have}":  # all of it is here
+                # All of it may be here; if more is here than there, or something else: begin again.
+                whole = error.response.headers.get("Content-Range") == f"bytes */{have}"
+                if whole and sha256 in (None, digest(part)):
                     break
-                part.unlink()  # more is here than there: begin again
+                part.unlink()
             elif code in (404, 410):
                 raise NotThere(problem) from None
             elif code < 500 and code != 429:
@@ -1181,13 +1187,12 @@ def fetch(url: str, path: Path, sha256: str | None, advance, tries: int = 5, ses
             problem = f"{url}: {error}"
             if isinstance(error, ValueError):  # no address at all
                 raise BadInput(problem) from None
+        except ValueError as error:  # a header that cannot be
+            problem = f"{url}: {error}"
         if attempt + 1 < tries:
             time.sleep(2**attempt)
     else:
         raise BadInput(f"{problem} ({tries} tries)")
-    if sha256 not in (None, digest(part)):
-        part.unlink()
-        raise BadInput(f"{url}: its SHA-256 is not {sha256}; what came was discarded")
     part.replace(path)
 
 
@@ -1629,6 +1634,11 @@ class Records:
             lengths = {len(samples), about["records"], *(len(values) for values in index.values())}
             if about["format"] != ECG_FORMAT or len(lengths) > 1:
                 raise ValueError("lengths differ")
+            columns = {"labels": (len(SUPERCLASSES),), "gain": (len(LEADS),), "baseline": (len(LEADS),), "sums": (2,)}
+            if any(values.shape[1:] != columns.get(name, ()) for name, values in index.items()):
+                raise ValueError("shapes differ")
+            if not all(v.isfinite().all() for v in index.values()) or not (index["gain"] > 0).all():
+                raise ValueError("a gain that is not positive, or a number that is not finite")
         except Exception as error:  # noqa: BLE001 (numpy raises half a dozen types for files that are torn)
             raise BadInput(f"{folder} is not what download wrote, prepare the records anew: {error}") from None
         self.ecg_id, self.patient, self.fold = index["ecg_id"], index["patient"], index["fold"]
@@ -1718,9 +1728,11 @@ def check_sum(source: Path, name: str, sums: dict[str, str]) -> None:
 def read_sums(path: Path) -> dict[str, str]:
     """What `sha256sum` writes: file → SHA-256."""
     try:
-        return {
-            name.lstrip("*"): sha for sha, name in (line.split(maxsplit=1) for line in path.read_text().splitlines())
-        }
+        lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
+        sums = {name.lstrip("*").removeprefix("./"): sha for sha, name in lines}
+        if not all(re.fullmatch(r"[0-9a-f]{64}", sha) for sha in sums.values()):
+            raise ValueError
+        return sums
     except FileNotFoundError:
         raise BadInput(f"{path} is missing") from None
     except ValueError:
@@ -1744,18 +1756,27 @@ def read_ptbxl(source: Path, sums: dict[str, str]):
             raise BadInput(f"{source / file} is not PTB-XL's: {error}".split("\n")[0]) from None
     rows, statements = tables
     outside = [name for name in rows.filename_lr if not re.fullmatch(r"records100/\d+/\d+_lr", str(name))]
-    if outside or rows.index.has_duplicates or rows[["patient_id", "strat_fold"]].isna().any(axis=None):
-        raise BadInput(f"{source / 'ptbxl_database.csv'} names {outside[0]!r} as a record" if outside else
-                       f"{source / 'ptbxl_database.csv'}: an ecg_id twice, or a row without patient or fold")  # fmt: skip
+    if outside:
+        raise BadInput(f"{source / 'ptbxl_database.csv'} names {outside[0]!r} as a record")
+    whole = pandas.concat([rows.index.to_series(), rows.patient_id, rows.strat_fold], axis=1)
+    whole = whole.apply(pandas.to_numeric, errors="coerce")
+    if not len(rows) or (whole % 1 != 0).any(axis=None) or not rows.strat_fold.astype(float).between(1, 10).all():
+        raise BadInput(
+            f"{source / 'ptbxl_database.csv'}: expected records with a whole ecg_id, patient_id and strat_fold"
+        )
+    if rows.index.has_duplicates or rows.filename_lr.duplicated().any():
+        raise BadInput(f"{source / 'ptbxl_database.csv'}: an ecg_id or a record twice")
     classes = statements[statements.diagnostic == 1].diagnostic_class
+    if missing := set(SUPERCLASSES) - set(classes):
+        raise BadInput(f"{source / 'scp_statements.csv'} has no diagnostic code of {', '.join(sorted(missing))}")
     return rows, {code: name for code, name in classes.items() if name in SUPERCLASSES}
 
 
 def superclasses(codes: str, classes: dict[str, str]) -> np.ndarray:
     """The five labels of a record, from its SCP codes whatever their likelihood; all 0 where none is diagnostic."""
     try:
-        found = {classes.get(code) for code in dict(ast.literal_eval(codes))}
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        found = {classes.get(code) for code in ast.literal_eval(codes).keys()}  # noqa: SIM118 (a list has none)
+    except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError):
         raise BadInput(f"SCP codes {str(codes)[:60]!r} cannot be read") from None
     return np.array([name in found for name in SUPERCLASSES], np.uint8)
 
@@ -1838,13 +1859,28 @@ def fetch_ptbxl(url: str, folder: Path, files_advance, strict: bool, threads: in
     def get(name: str) -> None:
         fetch(f"{url}/{name}", folder / name, sums.get(name), lambda done, total: None, session=session)
 
-    sums = {}
-    get("SHA256SUMS.txt")
-    sums = read_sums(folder / "SHA256SUMS.txt")
+    listed, fresh = folder / "SHA256SUMS.txt", folder / "SHA256SUMS.txt.new"
+    fresh.unlink(missing_ok=True)
+    try:  # nothing says what it must hash to, so it is asked for each time; without a server the last one serves
+        fetch(f"{url}/{listed.name}", fresh, None, lambda done, total: None, session=session)
+        sums = read_sums(fresh)
+        fresh.replace(listed)
+    except BadInput:
+        if not listed.exists():
+            raise
+        sums = read_sums(listed)
+    finally:
+        fresh.unlink(missing_ok=True)
     for name in ECG_FILES:
+        if name not in sums:
+            raise BadInput(f"{url}/{listed.name} does not list {name}: it is not PTB-XL's, or came in part")
         get(name)
     rows, _ = read_ptbxl(folder, sums)
-    names = [f"{name}.{kind}" for name in rows.filename_lr for kind in ("hea", "dat") if f"{name}.{kind}" in sums]
+    names = [f"{name}.{kind}" for name in rows.filename_lr for kind in ("hea", "dat")]
+    if missing := [name for name in names if name not in sums]:
+        raise BadInput(
+            f"{url}/{listed.name} does not list {len(missing)} of {len(names)} files, as {missing[0]}: it came in part"
+        )
     missing = sum(not (folder / name).exists() for name in names)
     enough_space(folder, missing * (ECG_SAMPLES * len(LEADS) + 1000) + 2 * len(rows) * ECG_SAMPLES * len(LEADS))
     failed, pool = [], concurrent.futures.ThreadPoolExecutor(threads)
@@ -2057,6 +2093,10 @@ class Domain:
     def score(self, outputs: Tensor, targets: Tensor) -> float:
         """The metric."""
         raise NotImplementedError
+
+    def data_digest(self) -> str:
+        """Another one for other data or parts: a run is gone on with, or measured, on those it was trained on."""
+        return ""
 
     def explore(self, meta: nn.Module, progress: float) -> None:
         """Noise on φ after a meta step, where a domain wants it."""
@@ -2339,6 +2379,14 @@ class PPI(Domain):
         settle(network, self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)))
         return network
 
+    def data_digest(self):
+        parts = [
+            self.pretrain_tasks,
+            self.finetune_tasks,
+            *(self.rows[p] for p in ("pretrain", "finetune", "validation")),
+        ]
+        return hashlib.sha256(json.dumps([self.graphs.about["terms"], *map(Tensor.tolist, parts)]).encode()).hexdigest()
+
     def head(self):
         """40 FT tasks; where φ is learned without them, the PT tasks after these."""
         outputs = len(self.finetune_tasks) + self.settings.agnostic * len(self.pretrain_tasks)
@@ -2455,10 +2503,16 @@ class ECG(Domain):
         self.settings, self.device = settings, device
         self.records = records = Records(data / "ecg" / "prepared", device)
         fold = records.fold.cpu().numpy()
-        of_test = np.isin(fold, [int(f) for f in settings.test_folds.split(",")])
+        settings._check(
+            min(settings.batch_size, settings.meta_batch_size) > 1, "batch_size", "2 or more: views are told apart"
+        )
+        folds = [int(f) for f in settings.test_folds.split(",")]
+        of_test = np.isin(fold, folds)
         rest, test = np.flatnonzero(~of_test), np.flatnonzero(of_test)
         settings._check(
-            len(rest) >= 5 and len(test), "test_folds", f"some, but not all, of {sorted(set(fold.tolist()))}"
+            len(rest) >= 5 and np.isin(folds, fold).all(),
+            "test_folds",
+            f"some, but not all, of {sorted(set(fold.tolist()))}",
         )
         settings._check(settings.ft_records <= len(rest), "ft_records", f"at most the {len(rest)} that are not test's")
         pool = np.random.default_rng(settings.seed).permutation(rest)[: settings.ft_records or ECG_SETS[-1]]
@@ -2470,6 +2524,10 @@ class ECG(Domain):
         self.pool = len(pool)
         self.finetune_sizes = (*(n for n in ECG_SETS if n < len(pool)), len(pool))
         self.mean, self.deviation = records.moments(self.rows["pretrain"])
+
+    def data_digest(self):
+        parts = [self.records.ecg_id[self.rows[part]].tolist() for part in ("pretrain", "test")]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def finetune_limits(self):
@@ -3056,8 +3114,8 @@ def comparison_rows(domain: Domain, results: dict) -> list[dict]:
     for (method, n), outcomes in results.items():
         scores = np.array([outcome.score for outcome in outcomes])
         stderr = float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None
-        rows.append({"method": method, "ft_examples": n, "metric": domain.metric, "mean": float(scores.mean()),
-                     "stderr": stderr, "seeds": len(scores)})  # fmt: skip
+        rows.append({"method": method, "ft_examples": n, "metric": domain.metric, "mean": finite_or_none(scores.mean()),
+                     "stderr": stderr and finite_or_none(stderr), "seeds": len(scores)})  # fmt: skip
     return rows
 
 
@@ -3370,7 +3428,7 @@ def plot_ecg(before: np.ndarray, after: np.ndarray, ecg_id: int, rms: float, pat
         for column, axis in enumerate(axes):
             for row in range(6):
                 lead = 6 * column + row
-                for values, colour, label in ((before, "0.25", "as recorded"), (after, "C3", "after the learned warp")):
+                for values, colour, label in ((before, "0.25", "as recorded"), (after, "C3", "after the warp")):
                     axis.plot(
                         time_axis[seconds], values[lead, seconds] - apart * row, color=colour, lw=0.9, label=label
                     )
@@ -3396,7 +3454,7 @@ def plot_magnitudes(strength: np.ndarray, labels: np.ndarray, path: Path) -> Non
     with figure(path) as (axis,):
         axis.boxplot(groups.values(), orientation="horizontal", whis=(5, 95), flierprops={"ms": 2, "mec": "0.6"})
         axis.set_yticks(range(1, len(groups) + 1), list(groups))
-        axis.set(xlabel="displacement by the learned warp (ms, rms)", xlim=(0, None))
+        axis.set(xlabel="displacement by the warp (ms, rms)", xlim=(0, None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3614,6 +3672,10 @@ def train(command, domain_name, given, preset, epochs, device, data, out, resume
                 raise BadInput("--epochs takes 1 or more, and does not go with --steps")
             each = max(1, domain.sizes["pretrain"] // settings.batch_size)
             settings = domain.settings = dataclasses.replace(settings, steps=epochs * each)
+    if resume is not None and config.get("data", "") != domain.data_digest():
+        raise BadInput(f"{resume} was started with other data than {data} holds now")
+    if phi is not None and Run.open(phi).config().get("data", "") != domain.data_digest():
+        raise BadInput(f"{phi}: its φ was learned on other data, or on other parts of them")
     state = Run.open(phi).checkpoint(domain_name)["phi"] if phi is not None else None
     try:
         training = Training(domain, settings, command == "meta", state)
@@ -3621,7 +3683,7 @@ def train(command, domain_name, given, preset, epochs, device, data, out, resume
         raise BadInput(f"{phi}: its φ does not fit {domain_name}: {str(error).splitlines()[0]}") from None
     if resume is None:
         config = {"format": FORMAT, "command": command, "domain": domain_name, "phi": str(phi) if phi else None,
-                  "device": str(device), "torch": torch.__version__, "settings": dataclasses.asdict(settings)}  # fmt: skip
+                  "device": str(device), "torch": torch.__version__, "data": domain.data_digest(), "settings": dataclasses.asdict(settings)}  # fmt: skip
         run = Run.create(out, f"{command}-{domain_name}", config)
     elif (run.folder / "checkpoint.pt").exists():
         run.restore(training, domain_name)
@@ -3672,6 +3734,10 @@ def train(command, domain_name, given, preset, epochs, device, data, out, resume
     if settings.compare:
         plot_comparison(summary["comparison"], run.folder / "comparison.png")
         show_comparison(console, summary["comparison"])
+        if command == "meta" and len(domain.finetune_sizes) > 1:
+            console.print(
+                f"(φ was learned with FT labels of {max(domain.finetune_sizes)} examples, whatever the size shown)"
+            )
     for name, value in {**domain.measure(learned), **domain.facts(learned)}.items():
         console.print(f"{name.replace('_', ' ')}: {value:.4g}" if value is not None else "")
     if learner.skipped:
@@ -3825,6 +3891,8 @@ def load_subject(path: Path, domain_name: str | None, device: torch.device, data
         method = "online" if config["command"] == "meta" else "learned_phi" if config["phi"] else "default_phi"
         settings = with_half(settings)
         domain = make_domain(domain_name, settings, device, data)
+        if config.get("data", "") != domain.data_digest():
+            raise BadInput(f"{path} was trained on other data than {data} holds now")
         content = run.checkpoint(domain_name)
         try:
             module, state = domain.network(), content["learners"][0]["network"]
@@ -3939,6 +4007,8 @@ def measure_runs(
         for name in ("source", "unseen_tasks", "fold", "half", "test_folds"):
             if getattr(subject.settings, name) != getattr(first.settings, name):
                 raise BadInput(f"{path} has another --{name.replace('_', '-')} than {paths[0]}: other test data")
+        if subject.settings.width != first.settings.width:
+            raise BadInput(f"{path} has another --width than {paths[0]}: encoders of one width can be compared")
     domain, sizes = first.domain, parse_sizes(sizes, first.domain)
     one_thread(first.domain_name)
     if export is not None and not export.parent.is_dir():
@@ -4014,6 +4084,9 @@ def main() -> None:
             print(f"metapt: {message}", file=sys.stderr)
         sys.exit(2)
     except BadInput as error:
+        print(f"metapt: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a file in a folder's place, a disk that is full
         print(f"metapt: {error}", file=sys.stderr)
         sys.exit(2)
     except (Failed, KeyboardInterrupt, typer.Abort) as error:

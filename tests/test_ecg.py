@@ -239,6 +239,12 @@ def test_what_all_records_need_must_be_there_and_verify(copy, tmp_path):
     wrong("SHA256SUMS.txt is missing")
 
 
+def spoil_index(folder, name, change):
+    with np.load(folder / "index.npz") as file:
+        index = dict(file)
+    np.savez(folder / "index.npz", **{**index, name: change(index[name])})
+
+
 def test_torn_prepared_files_are_refused(home, tmp_path):
     for spoil in (
         lambda f: (f / "samples.bin").write_bytes((f / "samples.bin").read_bytes()[:-24000]),
@@ -246,6 +252,16 @@ def test_torn_prepared_files_are_refused(home, tmp_path):
         lambda f: (f / "index.npz").write_bytes(b"PK"),
         lambda f: (f / "index.npz").unlink(),
         lambda f: (f / "about.json").write_text("{}"),
+        *(
+            lambda f, name=name, change=change: spoil_index(f, name, change)
+            for name, change in (
+                ("labels", lambda v: v[:, :4]),
+                ("gain", lambda v: v[:, 0]),
+                ("gain", lambda v: 0 * v),
+                ("sums", lambda v: v * np.nan),
+                ("fold", lambda v: v[:, None]),
+            )
+        ),
         lambda f: (f / "about.json").unlink(),
     ):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
@@ -290,6 +306,7 @@ class FileServer(http.server.SimpleHTTPRequestHandler):
             content = content[:-10]
         begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
         self.send_response(206 if begin else 200)
+        self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - begin))
         self.end_headers()
         self.wfile.write(content[begin : begin + 100] if fault == "cut" else content[begin:])
@@ -328,7 +345,66 @@ def test_download_over_a_bad_line(server, tmp_path):
     (files / f"{record}.dat").unlink()
     (files / "records100" / "00000" / "00010_lr.dat").write_bytes(b"something else")
     assert main_in(tmp_path, "download", "ecg", "--url", server)[0] == 0
-    assert sorted(FileServer.asked) == [f"{record}.dat", "records100/00000/00010_lr.dat"]  # what verifies is skipped
+    wanted = ["SHA256SUMS.txt", f"{record}.dat", "records100/00000/00010_lr.dat"]
+    assert sorted(FileServer.asked) == wanted  # what verifies is skipped
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda text: "<html>sign in first</html>\n", lambda text: "", lambda text: text[: len(text) // 2],
+    lambda text: "?" + text[1:], lambda text: "\n".join(line for line in text.splitlines() if "00009_lr" not in line),
+])  # fmt: skip
+def test_a_list_of_sums_that_came_wrong_is_asked_for_again(server, copy, tmp_path, spoil):
+    good = (copy / "SHA256SUMS.txt").read_text()
+    (copy / "SHA256SUMS.txt").write_text(spoil(good))
+    FileServer.folder = copy
+    assert "SHA256SUMS.txt" in refused_later(tmp_path, "download", "ecg", "--url", server)
+    (copy / "SHA256SUMS.txt").write_text("\n" + good.replace("  ", "  ./") + "\n")
+    assert main_in(tmp_path, "download", "ecg", "--url", server)[0] == 0
+    FileServer.faults = {"SHA256SUMS.txt": [503] * 9}  # what is there goes on serving
+    assert main_in(tmp_path, "download", "ecg", "--url", server)[0] == 0
+    assert (tmp_path / "data" / "ecg" / "files" / "SHA256SUMS.txt").exists()
+
+
+def table_with(copy, file, change):
+    table = pandas.read_csv(copy / file, dtype=str, keep_default_na=False)
+    change(table).to_csv(copy / file, index=False)
+    write_sums(copy)
+
+
+def cell(column, value):
+    def change(table):
+        table.loc[3, column] = value
+        return table
+
+    return change
+
+
+@pytest.mark.parametrize("change", [
+    cell("strat_fold", "abc"), cell("strat_fold", "inf"), cell("strat_fold", "2.7"), cell("strat_fold", "99"),
+    cell("patient_id", "x"), cell("patient_id", ""), cell("ecg_id", ""), cell("ecg_id", "x3"), cell("ecg_id", "3.5"),
+    cell("ecg_id", "1"), cell("filename_lr", "records100/00000/00001_lr"), cell("filename_lr", "../00001_lr"),
+    lambda table: table.iloc[:0],
+])  # fmt: skip
+def test_an_odd_table_is_refused_and_what_was_prepared_stays(copy, home, tmp_path, change):
+    shutil.copytree(home / "data", tmp_path / "data")
+    before = (tmp_path / "data" / "ecg" / "prepared" / "index.npz").read_bytes()
+    table_with(copy, "ptbxl_database.csv", change)
+    assert "ptbxl_database.csv" in refused_later(tmp_path, "download", "ecg", "--from", copy)
+    assert (tmp_path / "data" / "ecg" / "prepared" / "index.npz").read_bytes() == before
+
+
+def test_other_odd_sources_are_refused(source, copy, tmp_path):
+    table_with(copy, "scp_statements.csv", lambda table: table.assign(diagnostic=""))
+    assert "no diagnostic code of CD, HYP" in refused_later(tmp_path, "download", "ecg", "--from", copy)
+    assert metapt.superclasses("{'ab': 0}", {"ab": "MI"}).tolist() == [0, 1, 0, 0, 0]
+    with pytest.raises(metapt.BadInput, match="cannot be read"):
+        metapt.superclasses("['ab']", {"ab": "MI"})
+    (tmp_path / "file").write_text("x")
+    assert "file" in refused_later(tmp_path, "download", "ecg", "--from", tmp_path / "file")
+    assert "file" in refused_later(tmp_path, "download", "ecg", "--from", source, "--data", tmp_path / "file")
+    (copy / "SHA256SUMS.txt").unlink()
+    (copy / "SHA256SUMS.txt").mkdir()
+    assert "SHA256SUMS.txt" in refused_later(tmp_path, "download", "ecg", "--from", copy)
 
 
 @pytest.mark.parametrize("fault", ["wrong byte", "short", 403])
@@ -678,7 +754,8 @@ def test_the_paper_preset_is_the_published_protocol():
                 "finetune_lr": 1e-4, "meta_lr": 1e-4, "scale_lr": 1.0, "init_scale": 4.0, "width": 32, "temperature": 0.5,
                 "finetune_epochs": 200, "compare_lr": 1e-3, "compare_scope": "all", "solver": "neumann", "terms": 1,
                 "alpha": 1e-4, "hvp": "exact", "carry_q": False, "share_pass": False, "test_folds": "10",
-                "cosine": False}  # fmt: skip
+                "cosine": False, "steps": 3800, "warmup": 76, "finetune_batch_size": 256, "validation_batch_size": 256,
+                "compare_batch_size": 64, "particles": "1", "augment": "warp", "average": 0.0}  # fmt: skip
     assert {name: getattr(s, name) for name in expected} == expected
 
 
@@ -742,6 +819,41 @@ def test_finetune_and_eval_take_sets_by_size(runs):
     assert "expected between 5 and" in refused(runs, "finetune", "one", "--sizes=4")
 
 
+def test_runs_on_other_test_folds_or_data_are_kept_apart(runs, tmp_path):
+    """φ and θ of a run have seen the labels and signals of what another run's test records may be."""
+    given = options({**TINY, "compare": 0})
+    other = ["--test-folds=1,2", "--out", tmp_path / "other"]
+    assert main_in(runs, "meta", "ecg", *other, *given)[0] == 0
+    assert "--test-folds" in refused(runs, "eval", "one", tmp_path / "other")
+    assert "other parts" in refused(runs, "pretrain", "ecg", "--phi", tmp_path / "other", "--out=no", *given)
+    wide = options({**TINY, "compare": 0, "width": 2 * TINY["width"]})
+    assert main_in(runs, "pretrain", "ecg", "--out", tmp_path / "wide", *wide)[0] == 0
+    assert "--width" in refused(runs, "eval", "one", tmp_path / "wide")
+
+    shutil.copytree(runs / "data", tmp_path / "data")
+    folder = tmp_path / "data" / "ecg" / "prepared"
+    spoil_index(folder, "ecg_id", lambda v: v + 1)
+    for command in (["meta", "--resume"], ["finetune"], ["eval"]):
+        assert "other data" in refused(runs, *command, "one", "--data", tmp_path / "data")
+
+
+def test_ft_of_the_whole_network_keeps_batchnorm_in_evaluation_mode(home):
+    domain = make(home)
+    kept, transfer = [], domain.transfer
+    domain.transfer = lambda network: kept.append(network) or transfer(network)
+    metapt.finetune(domain, domain.network(), 50, 0, "all", 1e-3, 3)
+    assert kept
+    assert not any(m.training for m in kept[-1].modules() if isinstance(m, torch.nn.BatchNorm1d))
+
+
+def test_the_two_views_are_warped_apart(home):
+    domain = make(home, init_scale=2.0)
+    meta = domain.meta()
+    meta.mask.data.fill_(-50.0), meta.noise.data.fill_(-50.0)  # nothing but the warp
+    a, b = meta.train()(domain.inputs("pretrain", torch.arange(8)))
+    assert ((a - b).abs().amax((1, 2)) > 0.1).all()
+
+
 def test_pretraining_with_masks_and_noise_alone_and_at_learned_phi(runs):
     given = options({**TINY, "compare": 0})
     assert main_in(runs, "pretrain", "ecg", "--augment=simclr", "--out=plain", *given)[0] == 0
@@ -755,7 +867,8 @@ def test_pretraining_with_masks_and_noise_alone_and_at_learned_phi(runs):
     ("given", "message"),
     [
         ({"test_folds": "11"}, "test-folds"), ({"test_folds": "1,2,3,4,5,6,7,8,9,10"}, "test-folds"),
-        ({"test_folds": "a"}, "test-folds"), ({"ft_records": 3}, "ft-records"), ({"ft_records": 5000}, "ft-records"),
+        ({"test_folds": "a"}, "test-folds"), ({"test_folds": "1,11"}, "test-folds"), ({"batch_size": 1}, "batch-size"),
+        ({"ft_records": 3}, "ft-records"), ({"ft_records": 5000}, "ft-records"),
         ({"augment": "all"}, "augment"), ({"temperature": 0}, "temperature"), ({"scale_lr": -1}, "scale-lr"),
         ({"init_scale": "nan"}, "init-scale"), ({"compare_scope": "body"}, "compare-scope"), ({"noise": 0.5}, "noise"),
     ],
