@@ -2,11 +2,13 @@
 
     python -m bench.ppi study --seed 1      all methods on the yeast graphs, one seed (data/ppi must be there)
     python -m bench.ppi report              tables and figures of all seeds that there are
+    python -m bench.ppi twins               how many FT terms have all but the same proteins as a PT term
     python -m bench.ppi scale               generated graphs at the published averages: this against the published way
 
 Each writes what it found under bench/results as it goes. A seed draws everything: FT tasks, split, weights, batches.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import numpy as np
 import rich.console
 import torch
 import typer
+from scipy import stats
 
 import metapt
 
@@ -27,14 +30,14 @@ DATA = Annotated[Path, typer.Option(help="Where downloaded data lie")]
 ACCESS = {"full": {}, "half": {"ft_share": 0.5}, "unseen": {"unseen_tasks": 10}}
 PRETRAINED = {"supervised": {}, "cotrain": {"method": "cotrain"}, "pcgrad": {"method": "pcgrad"}}
 SELECT = 235  # a quarter of the PT tasks
-LEARNED = {"meta": {}, "aware": {"select": SELECT}, "agnostic": {"select": SELECT, "agnostic": True}}
-NAMES = {
-    "none": "no PT", "supervised": "supervised PT", "cotrain": "CoTrain", "pcgrad": "CoTrain + PCGrad",
-    "meta": "learned φ, θ of that run", "learned": "learned φ, PT afresh", "aware": "selection, downstream-aware",
-    "agnostic": "selection, downstream-agnostic",
-}  # fmt: skip
 SOLVER = {"solver": "neumann", "terms": 1, "alpha": 1e-3, "share_pass": False}  # of the study: as published
 CHEAP = {"solver": "identity", "alpha": None, "share_pass": True}  # of the preset
+LEARNED = {"meta": {}, "cheap": CHEAP, "aware": {"select": SELECT}, "agnostic": {"select": SELECT, "agnostic": True}}
+NAMES = {
+    "none": "no PT", "supervised": "supervised PT", "cotrain": "CoTrain", "pcgrad": "CoTrain + PCGrad",
+    "meta": "learned φ, θ of that run", "learned": "learned φ, PT afresh", "cheap": "learned φ with q = v (the preset)",
+    "aware": "selection, downstream-aware", "agnostic": "selection, downstream-agnostic",
+}  # fmt: skip
 DRAWS = 200  # of the bootstrap
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = rich.console.Console()
@@ -63,12 +66,16 @@ def measured(domain: metapt.PPI, network, examples: int, seed: int) -> tuple[flo
 def study(
     seed: Annotated[int, typer.Option(help="Of everything")] = 1,
     steps: Annotated[int, typer.Option(help="PT steps")] = 1000,
+    only: Annotated[str, typer.Option(help="These methods alone, with commas between; others keep their rows")] = "",
     data: DATA = Path("data"),
 ):
     """All methods, with full access to the FT data before FT, with half of them, and on FT tasks that were not seen."""
     path, rows, weights = HERE / "results" / "ppi" / f"seed{seed}.json", [], {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    networks = {}
+    networks, wanted = {}, set(only.split(",")) if only else set(NAMES)
+    if only and path.exists():
+        before = json.loads(path.read_text())
+        rows, weights = [row for row in before["rows"] if row["method"] not in wanted], before["weights"]
 
     def trained(name, learn=False, phi=None, **given):
         made, begun = make(data, seed, steps=steps, **given), time.perf_counter()
@@ -93,14 +100,16 @@ def study(
         if access == "full":
             torch.manual_seed(seed)
             networks["none"] = made.network()
-            networks["supervised"] = trained("supervised")[1].best.network
-            networks["agnostic"] = trained("agnostic", True, **LEARNED["agnostic"])[1].best.network
+            if "supervised" in wanted:
+                networks["supervised"] = trained("supervised")[1].best.network
+            if "agnostic" in wanted:
+                networks["agnostic"] = trained("agnostic", True, **LEARNED["agnostic"])[1].best.network
         for method in ("none", "supervised", "agnostic"):  # these see no FT data before FT
-            if access != "half":
+            if access != "half" and method in wanted:
                 note(access, method, made, networks[method])
-        for method in ("cotrain", "pcgrad"):
+        for method in sorted(wanted & {"cotrain", "pcgrad"}):
             note(access, method, made, trained(method, **options, **PRETRAINED[method])[1].best.network)
-        for method in ("meta", "aware"):
+        for method in [m for m in ("meta", "cheap", "aware") if m in wanted]:
             of, training = trained(method, True, **options, **LEARNED[method])
             note(access, method, made, training.best.network)
             if method == "meta":
@@ -152,18 +161,20 @@ def report():
                 draws = np.mean([np.array(chosen[s]["draws"]) - np.array(base[s]["draws"]) for s in seeds], axis=0)
                 low, high = np.percentile(draws, [2.5, 97.5])
                 stderr = scores.std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else float("nan")
+                # Half of the 95 % interval over seeds, which differ in FT tasks, split, weights and batches.
                 spread = d.std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else float("nan")
+                spread *= stats.t.ppf(0.975, max(1, len(seeds) - 1))
                 row = {"access": access, "method": method, "ft_examples": chosen[seeds[0]]["ft_examples"],
                        "seeds": len(seeds), "mean": scores.mean(), "stderr": metapt.finite_or_none(stderr),
                        "difference": d.mean(), "low": low, "high": high,
-                       "difference_stderr": metapt.finite_or_none(spread)}  # fmt: skip
+                       "difference_half_interval": metapt.finite_or_none(spread)}  # fmt: skip
                 summary.append({k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()})
                 cells.append([label, f"{100 * scores.mean():.1f} ± {100 * stderr:.1f}", f"{100 * d.mean():+.2f}",
-                              f"{100 * low:+.2f} … {100 * high:+.2f}", f"{100 * spread:.2f}", str(len(seeds))])  # fmt: skip
+                              f"{100 * low:+.2f} … {100 * high:+.2f}", f"± {100 * spread:.2f}", str(len(seeds))])  # fmt: skip
             if cells:
                 title = f"Access: {access}; {'an eighth of' if small else 'all'} FT examples"
                 metapt.show_table(console, title, ["", "mean AUROC (%)", "− supervised", "95 % interval over proteins",
-                                                   "s.e. over seeds", "seeds"], cells)  # fmt: skip
+                                                   "over seeds", "seeds"], cells)  # fmt: skip
     metapt.save_json(HERE / "results" / "ppi.json", {"torch": torch.__version__, "rows": summary})
     of_term = {}
     for file in files:
@@ -172,6 +183,28 @@ def report():
     known = {t: w for t, w in of_term.items() if len(w) > len(files) / 2}
     if known:
         draw_terms(known)
+    pairs = []
+    for a, b in itertools.combinations(files, 2):
+        shared = sorted(set(a["weights"]) & set(b["weights"]))
+        pairs.append(np.corrcoef(*([f["weights"][t] for t in shared] for f in (a, b)))[0, 1])
+    console.print(
+        f"correlation of the weights between two seeds: {np.mean(pairs):.2f}, {min(pairs):.2f} to {max(pairs):.2f}"
+    )
+
+
+@app.command()
+def twins(data: DATA = Path("data"), seeds: int = 5):
+    """FT terms whose proteins are those of a PT term, by seed: GO terms nest, so PT sees much of FT under another name."""
+    for seed in range(1, seeds + 1):
+        made = make(data, seed)
+        everything = torch.arange(len(made.graphs.sizes))
+        pt, ft = (made.graphs.labels(everything, tasks) for tasks in (made.pretrain_tasks, made.finetune_tasks))
+        both = ft.T @ pt
+        overlap = (both / (ft.sum(0)[:, None] + pt.sum(0) - both)).max(1).values
+        counts = {level: int((overlap >= level).sum()) for level in (1.0, 0.9, 0.8)}
+        console.print(
+            f"seed {seed}: of {len(overlap)} FT terms, by the overlap (Jaccard) with the nearest PT term: {counts}"
+        )
 
 
 def draw_terms(known: dict[str, list[float]], shown: int = 15) -> None:
