@@ -100,24 +100,32 @@ def study(
 
 
 @app.command()
-def report(seed: int = 0):
-    """Mean AUROC of pooled predictions by FT-set size, and paired differences, with bootstrap intervals over patients."""
-    files = [np.load(RESULTS / f"group{g}-seed{seed}.npz") for g in range(len(GROUPS))]
-    labels = np.concatenate([f["labels"] for f in files])
-    patients = np.concatenate([f["patients"] for f in files])
+def report():
+    """Mean AUROC of pooled predictions by FT-set size, and paired differences, with bootstrap intervals over patients.
+
+    Seeds of PT that all groups have are averaged, within each draw of patients too: the interval leaves out what another
+    seed would have given, which is shown beside it, seed by seed.
+    """
+    names = [[RESULTS / f"group{g}-seed{seed}" for g in range(len(GROUPS))] for seed in range(10)]
+    found = {seed: of for seed, of in enumerate(names) if all(name.with_suffix(".json").exists() for name in of)}
+    files = {seed: [np.load(name.with_suffix(".npz")) for name in of] for seed, of in found.items()}
+    last = f"half {SETS[-1]} head"
+    files = {seed: of for seed, of in files.items() if all(last in file for file in of)}  # others are not done yet
+    first = files[min(files)]
+    labels = np.concatenate([f["labels"] for f in first])
+    patients = np.concatenate([f["patients"] for f in first])
     random, each = np.random.default_rng(0), [np.flatnonzero(patients == p) for p in np.unique(patients)]
     draws = [np.concatenate([each[i] for i in random.integers(0, len(each), len(each))]) for _ in range(DRAWS)]
 
     def scored(key):
-        """The score, and by draw, averaged over the seeds of FT."""
-        pooled = np.concatenate([f[key] for f in files], 1)
+        """The score by seed of PT, and by draw of patients, averaged over the seeds."""
+        pooled = [np.concatenate([f[key] for f in of], 1) for of in files.values()]  # [seeds of FT, records, 5] each
 
         def score(rows):
-            return np.mean(
-                [metapt.mean_auroc(torch.from_numpy(x[rows]), torch.from_numpy(labels[rows])) for x in pooled]
-            )
+            y = torch.from_numpy(labels[rows])
+            return np.array([np.mean([metapt.mean_auroc(torch.from_numpy(x[rows]), y) for x in of]) for of in pooled])
 
-        return score(slice(None)), np.array([score(rows) for rows in draws])
+        return score(slice(None)), np.array([score(rows).mean() for rows in draws])
 
     rows = []
     for scope in SCOPES:
@@ -126,11 +134,13 @@ def report(seed: int = 0):
             plain, plain_by_draw = scored(f"simclr {n} {scope}")
             for name in NAMES:
                 score, drawn = scored(f"{name} {n} {scope}")
-                row = {"scope": scope, "n": n, "method": name, "mean": score, "interval": interval(drawn)}
-                row |= {"to_initial": score - base, "to_initial_interval": interval(drawn - by_draw)}
-                row |= {"to_simclr": score - plain, "to_simclr_interval": interval(drawn - plain_by_draw)}
+                row = {"scope": scope, "n": n, "method": name, "mean": score.mean(), "by_seed": score.tolist(),
+                       "interval": interval(drawn)}  # fmt: skip
+                row |= {"to_initial": (score - base).mean(), "to_initial_by_seed": (score - base).tolist()}
+                row |= {"to_initial_interval": interval(drawn - by_draw)}
+                row |= {"to_simclr": (score - plain).mean(), "to_simclr_interval": interval(drawn - plain_by_draw)}
                 rows.append(row)
-    facts = [json.loads((RESULTS / f"group{g}-seed{seed}.json").read_text()) for g in range(len(GROUPS))]
+    facts = [json.loads(name.with_suffix(".json").read_text()) for seed in files for name in found[seed]]
     metapt.save_json(
         HERE / "results" / "ecg.json", {"patients": len(each), "records": len(labels), "rows": rows, "runs": facts}
     )
@@ -141,11 +151,17 @@ def report(seed: int = 0):
             cells.append(
                 [
                     label,
-                    *(f"{100 * row['mean']:.1f} ({text(row['to_initial'], row['to_initial_interval'])})" for row in of),
+                    *(
+                        f"{100 * row['mean']:.1f} ({text(row['to_initial'], row['to_initial_interval'])}; "
+                        + ", ".join(f"{100 * x:+.1f}" for x in row["to_initial_by_seed"])
+                        + ")"
+                        for row in of
+                    ),
                 ]
             )
         title = (
-            f"Mean AUROC (%) of pooled out-of-fold predictions; to the warp at its initial φ, 95 % interval; FT: {what}"
+            f"Mean AUROC (%) of pooled out-of-fold predictions (to the warp at its initial φ, 95 % interval; by seed of "
+            f"PT: {', '.join(map(str, files))}); FT: {what}"
         )
         metapt.show_table(console, title, ["", *(str(n or "all") for n in SETS)], cells)
     draw(rows, len(labels))

@@ -1,0 +1,53 @@
+"""The statistics of the ECG study, on predictions whose scores are known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bench import ecg
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Three groups of made-up predictions: "learned" ranks perfectly, "initial" and "half" alike, "none" by chance."""
+    (tmp_path / "results" / "ecg").mkdir(parents=True)
+    (tmp_path / "figures").mkdir()
+    monkeypatch.setattr(ecg, "HERE", tmp_path)
+    monkeypatch.setattr(ecg, "RESULTS", tmp_path / "results" / "ecg")
+    monkeypatch.setattr(ecg, "DRAWS", 50)
+    random = np.random.default_rng(0)
+    for group in range(3):
+        labels = (random.random((40, 5)) < 0.4).astype(np.float32)
+        some = (labels + random.normal(size=(ecg.FT_SEEDS, 40, 5))).astype(np.float32)
+        of = {"learned": np.stack([labels] * ecg.FT_SEEDS), "initial": some, "half": some, "simclr": -some,
+              "none": random.normal(size=some.shape).astype(np.float32)}  # fmt: skip
+        found = {f"{name} {n} {scope}": of[name] for name in of for n in ecg.SETS for scope in ecg.SCOPES}
+        for seed in (0, 1):
+            path = tmp_path / "results" / "ecg" / f"group{group}-seed{seed}"
+            np.savez(path.with_suffix(".npz"), labels=labels, patients=np.arange(40) // 2 + 100 * group, **found)
+            path.with_suffix(".json").write_text(json.dumps({"group": group}))
+    return tmp_path
+
+
+def test_report_pools_groups_and_pairs_methods(study):
+    ecg.report()
+    rows = {
+        (r["method"], r["scope"], r["n"]): r for r in json.loads((study / "results" / "ecg.json").read_text())["rows"]
+    }
+    assert len(rows) == 5 * 4 * 2
+    learned, half, initial, none, simclr = (
+        rows[name, "all", 50] for name in ("learned", "half", "initial", "none", "simclr")
+    )
+    assert learned["mean"] == 1
+    assert learned["interval"] == [1, 1]
+    assert learned["to_initial"] == pytest.approx(1 - initial["mean"])
+    assert learned["to_initial_interval"][0] > 0  # at every draw of patients
+    assert (half["to_initial"], half["to_initial_interval"]) == (0, [0, 0])  # paired: the same predictions
+    assert simclr["mean"] == pytest.approx(1 - initial["mean"])
+    assert none["interval"][0] < 0.5 < none["interval"][1]
+    assert initial["interval"][0] < initial["mean"] < initial["interval"][1]
+    assert len(initial["by_seed"]) == 2
+    (study / "results" / "ecg" / "group2-seed1.json").unlink()  # a seed that is not complete is left out
+    ecg.report()
+    assert len(json.loads((study / "results" / "ecg.json").read_text())["rows"][0]["by_seed"]) == 1
