@@ -196,7 +196,7 @@ def report(device: str = "cpu"):
             xscale="log", xlabel="how many parameters", ylabel="bytes saved for backward, in PT steps", ylim=(0, 5)
         )
         left.legend(fontsize=5.5, loc="upper left", ncols=2)
-        right.legend(fontsize=6, loc="center left")
+        right.legend(fontsize=6, loc="upper left")
 
 
 if __name__ == "__main__":
