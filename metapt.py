@@ -3874,7 +3874,9 @@ class Subject(NamedTuple):
     run: Run | None  # None: a plain encoder file
 
 
-def load_subject(path: Path, domain_name: str | None, device: torch.device, data: Path, half: str | None) -> Subject:
+def load_subject(
+    path: Path, domain_name: str | None, device: torch.device, data: Path, half: str | None = None
+) -> Subject:
     """An encoder from a run, or from a file with the `state_dict` of one; `half`: instead of the run's."""
 
     def with_half(settings):
