@@ -1682,6 +1682,9 @@ def read_record(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ):
             if found != expected:
                 raise BadInput(f"{path}.hea: {what}: {found}, expected {expected}")
+        lines = [line.split() for line in path.with_name(f"{path.name}.hea").read_text().splitlines()[1 : n + 1]]
+        if any(len(line) < 3 or re.fullmatch("[0.]*", re.split("[(/]", line[2])[0]) for line in lines):
+            raise BadInput(f"{path}.hea: a gain of 0, or none")  # which wfdb takes for 200
         if (found := path.with_name(f"{path.name}.dat").stat().st_size) != 2 * n * ECG_SAMPLES:
             raise BadInput(f"{path}.dat holds {found} bytes, its header says {2 * n * ECG_SAMPLES}")
         record = wfdb.rdrecord(str(path), physical=False)

@@ -169,6 +169,8 @@ FAULTS = {
     "empty header": (lambda r: r.with_suffix(".hea").write_text(""), "no header of WFDB"),
     "text": (lambda r: r.with_suffix(".hea").write_text("what is this\n" * 3), "00007_lr.hea"),
     "gain": (lambda r: spoil_header(r, "1000.0(0)/mV", "-5.0(0)/mV"), "gain"),
+    "gain of 0": (lambda r: spoil_header(r, "1000.0(0)/mV", "0(0)/mV"), "gain"),
+    "gain of 0.0": (lambda r: spoil_header(r, "1000.0(0)/mV", "0.0(0)/mV"), "gain"),
     "other samples": (lambda r: r.with_suffix(".dat").write_bytes(bytes(24000)), "checksums"),
 }
 
