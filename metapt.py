@@ -3424,7 +3424,10 @@ def plot_ecg(before: np.ndarray, after: np.ndarray, ecg_id: int, rms: float, pat
     """Twelve leads [12, samples] in mV before and after a warp, on the paper of an electrocardiograph."""
     import matplotlib.ticker
 
-    seconds, apart = slice(250, 750), 2.5
+    seconds = slice(250, 750)
+    shown = np.stack([before, after])[:, :, seconds]
+    lows, highs = shown.min((0, 2)).reshape(2, 6), shown.max((0, 2)).reshape(2, 6)
+    apart = max(2.5, math.ceil(2 * (highs[:, 1:] - lows[:, :-1]).max()) / 2)  # so that no lead runs into the next
     time_axis = np.arange(before.shape[1]) / ECG_HERTZ
     with figure(path, panels=2) as axes:
         axes[0].figure.set_size_inches(11, 7)
@@ -3436,7 +3439,9 @@ def plot_ecg(before: np.ndarray, after: np.ndarray, ecg_id: int, rms: float, pat
                         time_axis[seconds], values[lead, seconds] - apart * row, color=colour, lw=0.9, label=label
                     )
                 axis.text(2.52, 0.55 - apart * row, LEADS[lead].replace("AV", "aV"), fontsize=9, weight="bold")
-            axis.set(xlim=(2.5, 7.5), ylim=(-5 * apart - 1.2, 1.6), xlabel="time (s)")
+            axis.set(xlim=(2.5, 7.5), ylim=(-5 * apart - 1.7, highs[:, 0].max() + 0.3), xlabel="time (s)")
+            axis.plot([7.3, 7.3], [-5 * apart - 1.5, -5 * apart - 0.5], color="k", lw=1.5)
+            axis.text(7.27, -5 * apart - 1.2, "1 mV", fontsize=8, ha="right")
             axis.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(1))
             axis.xaxis.set_minor_locator(matplotlib.ticker.MultipleLocator(0.2))
             axis.yaxis.set_minor_locator(matplotlib.ticker.MultipleLocator(0.5))
