@@ -615,6 +615,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import errno
 import gzip
 import hashlib
 import inspect
@@ -1156,10 +1157,13 @@ def fetch(url: str, path: Path, sha256: str | None, advance, tries: int = 5, ses
                     False  # what came before a cut is kept; the length is checked below
                 )
                 resumed = response.status_code == 206
-                if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                    part.unlink()
+                sent = re.fullmatch(rf"bytes {have}-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+                if resumed and not sent:
+                    part.unlink(missing_ok=True)
                     raise OSError("it sent another part than was asked for")
                 total = int(response.headers.get("Content-Length", 0)) + (have if resumed else 0)
+                if resumed and sent[1].isdecimal():
+                    total = int(sent[1])  # of the file, of which a server may send less than was asked for
                 with part.open("ab" if resumed else "wb") as file:
                     for chunk in response.iter_content(1 << 16):
                         file.write(chunk)
@@ -1176,9 +1180,9 @@ def fetch(url: str, path: Path, sha256: str | None, advance, tries: int = 5, ses
             if code == 416:
                 # All of it may be here; if more is here than there, or something else: begin again.
                 whole = error.response.headers.get("Content-Range") == f"bytes */{have}"
-                if whole and sha256 in (None, digest(part)):
+                if have and whole and sha256 in (None, digest(part)):
                     break
-                part.unlink()
+                part.unlink(missing_ok=True)
             elif code in (404, 410):
                 raise NotThere(problem) from None
             elif code < 500 and code != 429:
@@ -1208,19 +1212,23 @@ def adopt(source: Path, path: Path, sha256: str) -> None:
 
 
 @contextlib.contextmanager
-def prepared_folder(folder: Path, names: Sequence[str]):
+def prepared_folder(folder: Path, form: str):
     """A new folder to fill, which takes the place of `folder` when it is whole.
 
     Raises:
-        BadInput: `folder` holds something else than `names`: what is not prepared data is never replaced.
+        BadInput: `folder` holds something else than prepared data of the format `form`, which alone is ever replaced.
     """
     folder = folder.resolve()
+    part, old = (folder.with_name(f".{folder.name}.metapt-{what}") for what in ("part", "old"))
+    if old.exists() and not folder.exists():  # an earlier run was killed between two renames
+        old.replace(folder)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is a file, not a folder of prepared data")
-    others = {path.name for path in folder.iterdir()} - {*names, "about.json"} if folder.exists() else ()
-    if others:
-        raise BadInput(f"{folder} holds {min(others)}, which is no prepared data: name another folder")
-    part, old = (folder.with_name(f".{folder.name}.metapt-{what}") for what in ("part", "old"))
+    entries = sorted(folder.iterdir()) if folder.exists() else []
+    if others := [path.name for path in entries if path.suffix not in (".bin", ".npz", ".json") or not path.is_file()]:
+        raise BadInput(f"{folder} holds {others[0]}, which is no prepared data: remove it, or name another folder")
+    if entries and (not (folder / "about.json").exists() or load_json(folder / "about.json").get("format") != form):
+        raise BadInput(f"{folder} holds something else than prepared data: name another folder")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -1232,6 +1240,8 @@ def prepared_folder(folder: Path, names: Sequence[str]):
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.replace(folder)
 
 
 def digest(path: Path) -> str:
@@ -1342,7 +1352,7 @@ def prepare_graphs(folder: Path, pieces, terms: list[str], finetune_terms: int) 
         BadInput: a graph that cannot be, no graph at all, or a folder that holds something else.
     """
     counts = {"graphs": 0, "nodes": 0, "edges": 0}
-    with prepared_folder(folder, [f"{name}.bin" for name in PPI_ARRAYS]) as part:
+    with prepared_folder(folder, PPI_FORMAT) as part:
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context((part / f"{name}.bin").open("wb")) for name in PPI_ARRAYS}
             for piece in pieces:
@@ -1367,7 +1377,14 @@ def flatten_graphs(raw: RawGraphs, before: int, tasks: int) -> dict[str, np.ndar
             raise BadInput(f"{name} of the graphs: {values.dtype} {list(values.shape)}, expected whole numbers")
     rows = {len(raw.sizes)} | {len(v) for v in (raw.degrees, raw.centre, raw.species, raw.labels)}
     columns = {raw.edges.shape[1], len(raw.features), int(raw.degrees.sum())}
-    if len(rows) > 1 or len(columns) > 1 or raw.features.ndim != 2 or raw.labels.ndim != 2 or (raw.degrees < 0).any():
+    if (
+        len(rows) > 1
+        or len(columns) > 1
+        or len(raw.edges) != 2
+        or raw.features.ndim != 2
+        or raw.labels.ndim != 2
+        or (raw.degrees < 0).any()
+    ):
         raise BadInput(f"arrays of graphs that do not fit each other: {sorted(rows)} graphs, {sorted(columns)} edges")
     if abs(raw.species).max(initial=0) >= 2**31:
         raise BadInput(f"species {abs(raw.species).max()}: expected an NCBI taxon")
@@ -1819,7 +1836,7 @@ def prepare_ecg(
     jobs = [(source, names := list(piece.filename_lr),
              {f: sums[f] for n in names for f in (f"{n}.hea", f"{n}.dat") if f in sums}) for piece in pieces]  # fmt: skip
     index = {name: [] for name in ECG_INDEX}
-    with prepared_folder(folder, ("samples.bin", "index.npz")) as part, contextlib.ExitStack() as stack:
+    with prepared_folder(folder, ECG_FORMAT) as part, contextlib.ExitStack() as stack:
         file, several = stack.enter_context((part / "samples.bin").open("wb")), len(pieces) > 4
         if several:  # processes take seconds to begin; "spawn", because torch may have begun threads in this one
             spawn = multiprocessing.get_context("spawn")
@@ -1863,27 +1880,29 @@ def fetch_ptbxl(url: str, folder: Path, files_advance, strict: bool, threads: in
         fetch(f"{url}/{name}", folder / name, sums.get(name), lambda done, total: None, session=session)
 
     listed, fresh = folder / "SHA256SUMS.txt", folder / "SHA256SUMS.txt.new"
-    fresh.unlink(missing_ok=True)
+    partial = fresh.with_name(fresh.name + ".part")
+    for left in (fresh, partial):
+        left.unlink(missing_ok=True)
     try:  # nothing says what it must hash to, so it is asked for each time; without a server the last one serves
         fetch(f"{url}/{listed.name}", fresh, None, lambda done, total: None, session=session)
         sums = read_sums(fresh)
-        fresh.replace(listed)
     except BadInput:
         if not listed.exists():
             raise
         sums = read_sums(listed)
-    finally:
-        fresh.unlink(missing_ok=True)
     for name in ECG_FILES:
-        if name not in sums:
+        if name not in sums and name.endswith(".csv"):
             raise BadInput(f"{url}/{listed.name} does not list {name}: it is not PTB-XL's, or came in part")
         get(name)
     rows, _ = read_ptbxl(folder, sums)
     names = [f"{name}.{kind}" for name in rows.filename_lr for kind in ("hea", "dat")]
+    # Only a list that names all files takes the place of the one that was there.
     if missing := [name for name in names if name not in sums]:
         raise BadInput(
             f"{url}/{listed.name} does not list {len(missing)} of {len(names)} files, as {missing[0]}: it came in part"
         )
+    if fresh.exists():
+        fresh.replace(listed)
     missing = sum(not (folder / name).exists() for name in names)
     enough_space(folder, missing * (ECG_SAMPLES * len(LEADS) + 1000) + 2 * len(rows) * ECG_SAMPLES * len(LEADS))
     failed, pool = [], concurrent.futures.ThreadPoolExecutor(threads)
@@ -2388,7 +2407,7 @@ class PPI(Domain):
             self.finetune_tasks,
             *(self.rows[p] for p in ("pretrain", "finetune", "validation")),
         ]
-        return hashlib.sha256(json.dumps([self.graphs.about["terms"], *map(Tensor.tolist, parts)]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.graphs.about, *map(Tensor.tolist, parts)]).encode()).hexdigest()
 
     def head(self):
         """40 FT tasks; where φ is learned without them, the PT tasks after these."""
@@ -2745,7 +2764,7 @@ class Stream:
 
 def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
     """Adam; for large networks in one pass over memory, where torch's plain one makes nine."""
-    return torch.optim.Adam(parameters, lr=lr, fused=sum(p.numel() for p in parameters) > 1_000_000)
+    return torch.optim.Adam(parameters, lr=lr, fused=sum(p.numel() for p in parameters) > 1_000_000 or None)
 
 
 class Learner:
@@ -3680,9 +3699,9 @@ def train(command, domain_name, given, preset, epochs, device, data, out, resume
                 raise BadInput("--epochs takes 1 or more, and does not go with --steps")
             each = max(1, domain.sizes["pretrain"] // settings.batch_size)
             settings = domain.settings = dataclasses.replace(settings, steps=epochs * each)
-    if resume is not None and config.get("data", "") != domain.data_digest():
+    if resume is not None and config.get("data") not in (None, domain.data_digest()):
         raise BadInput(f"{resume} was started with other data than {data} holds now")
-    if phi is not None and Run.open(phi).config().get("data", "") != domain.data_digest():
+    if phi is not None and Run.open(phi).config().get("data") not in (None, domain.data_digest()):
         raise BadInput(f"{phi}: its φ was learned on other data, or on other parts of them")
     state = Run.open(phi).checkpoint(domain_name)["phi"] if phi is not None else None
     try:
@@ -3901,7 +3920,7 @@ def load_subject(
         method = "online" if config["command"] == "meta" else "learned_phi" if config["phi"] else "default_phi"
         settings = with_half(settings)
         domain = make_domain(domain_name, settings, device, data)
-        if config.get("data", "") != domain.data_digest():
+        if config.get("data") not in (None, domain.data_digest()):
             raise BadInput(f"{path} was trained on other data than {data} holds now")
         content = run.checkpoint(domain_name)
         try:
@@ -4004,6 +4023,13 @@ def measure_runs(
     check_scope(scope, lr)
     subjects = [load_subject(path, domain_name, device, data, half) for path in paths]
     first = subjects[0]
+    # What is not named comes from the runs, so they must agree on it.
+    of_runs = ["compare_batch_size", *(["compare_lr", "compare_scope"] if lr is None else []),
+               *(["finetune_steps", "finetune_epochs"] if steps is None else [])]  # fmt: skip
+    for path, subject in zip(paths, subjects, strict=True):
+        for name in of_runs:
+            if getattr(subject.settings, name) != getattr(first.settings, name):
+                raise BadInput(f"{path} has another --{name.replace('_', '-')} than {paths[0]}: name --lr and --steps")
     if lr is None:
         own = first.run is not None and scope == first.settings.compare_scope
         lr = first.settings.compare_lr if own else {"head": 1e-2, "all": 1e-3}[scope]
@@ -4026,7 +4052,7 @@ def measure_runs(
     if random_phi and first.run is None:
         raise BadInput("--random-phi needs a run first: a plain encoder file does not say how it was trained")
     config = {"format": FORMAT, "command": command, "domain": first.domain_name, "runs": [str(path) for path in paths],
-              "sizes": sizes, "seeds": seeds, "scope": scope, "lr": lr, "steps": steps}  # fmt: skip
+              "sizes": sizes, "seeds": seeds, "scope": scope, "lr": lr, "steps": steps, "half": first.settings.half}  # fmt: skip
     run = Run.create(out, f"{command}-{first.domain_name}", config)
     if export is not None:
         state = first.network.encoder.state_dict()
@@ -4054,6 +4080,7 @@ def measure_runs(
             outcomes = zip(*(results.pop((f"random {i}", n)) for i in range(len(candidates))), strict=True)
             results["random_phi", n] = [min(o, key=lambda outcome: outcome.validation_loss) for o in outcomes]
     summary = {"command": command, "domain": first.domain_name, "seed": first.settings.seed, "device": str(device),
+               "scope": scope, "lr": lr, **({"half": first.settings.half} if first.domain_name == "ppi" else {}),
                "seconds": 0.0, "comparison": comparison_rows(domain, results)}  # fmt: skip
     if candidates:
         summary["random_phi_draws"] = len(candidates)
@@ -4098,7 +4125,7 @@ def main() -> None:
         sys.exit(2)
     except OSError as error:  # a file in a folder's place, a disk that is full
         print(f"metapt: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO) else 2)
     except (Failed, KeyboardInterrupt, typer.Abort) as error:
         print(f"metapt: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(1)

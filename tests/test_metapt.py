@@ -313,7 +313,9 @@ class Server(http.server.BaseHTTPRequestHandler):
             if fault == "other range":
                 begin = 0
         self.send_response(206 if asked and fault != "no ranges" else 200)
-        self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        whole = len(content)
+        content = content[: begin + 50] if fault == "less" else content
+        self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{whole}")
         self.send_header("Content-Length", "many" if fault == "odd length" else str(len(content) - begin))
         self.end_headers()
         sent = content[begin : begin + 100_000] if fault == "cut" else content[begin:]
@@ -380,6 +382,12 @@ def test_fetch_begins_again_where_it_cannot_go_on(server, tmp_path):
     Server.faults = ["cut", "other range"]  # what is sent is not what was asked for: it must not be appended
     fetch(server, tmp_path / "third")
     assert (tmp_path / "third").read_bytes() == Server.CONTENT
+    Server.faults = ["cut", "less"]  # a part of what was asked for
+    fetch(server, tmp_path / "fourth")
+    assert (tmp_path / "fourth").read_bytes() == Server.CONTENT
+    Server.faults = [416]  # without having been asked for a range
+    metapt.fetch(server, tmp_path / "fifth", None, lambda done, total: None)
+    assert (tmp_path / "fifth").read_bytes() == Server.CONTENT
     Server.ranges.clear()
     (tmp_path / "whole.part").write_bytes(Server.CONTENT)  # the last try was cut off after its last byte
     fetch(server, tmp_path / "whole")
@@ -396,25 +404,48 @@ def test_fetch_replaces_a_wrong_file_only_by_a_right_one(server, tmp_path):
     assert (tmp_path / "file").read_bytes() == Server.CONTENT
 
 
-def test_a_prepared_folder_takes_the_place_of_prepared_data_alone(tmp_path):
-    folder = tmp_path / "kept"
-    folder.mkdir()
-    (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(metapt.BadInput, match=r"thesis.txt"), metapt.prepared_folder(folder, ["a.bin"]):
-        pass
-    assert (folder / "thesis.txt").read_text() == "years of work"
-    with pytest.raises(metapt.BadInput, match="is a file"), metapt.prepared_folder(folder / "thesis.txt", ["a.bin"]):
-        pass
+def test_a_prepared_folder_takes_the_place_of_prepared_data_alone(tmp_path, monkeypatch):
+    def prepare(folder, content):
+        with metapt.prepared_folder(folder, "form") as part:
+            (part / "a.bin").write_bytes(content)
+            metapt.save_json(part / "about.json", {"format": "form"})
+
+    for name, content in {"thesis.txt": "years", "labels.bin": "mine", "about.json": '{"of": "me"}'}.items():
+        (folder := tmp_path / f"kept-{name}").mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(metapt.BadInput, match="prepared data"):
+            prepare(folder, b"1")
+        assert (folder / name).read_text() == content
+        with pytest.raises(metapt.BadInput, match="is a file"):
+            prepare(folder / name, b"1")
+    (tmp_path / "kept-folder" / "a.bin").mkdir(parents=True)
+    with pytest.raises(metapt.BadInput, match="prepared data"):
+        prepare(tmp_path / "kept-folder", b"1")
+
     folder = tmp_path / "ours"
     for content in (b"1", b"2"):
-        with metapt.prepared_folder(folder, ["a.bin"]) as part:
-            (part / "a.bin").write_bytes(content)
+        prepare(folder, content)
         assert (folder / "a.bin").read_bytes() == content
-    with pytest.raises(ZeroDivisionError), metapt.prepared_folder(folder, ["a.bin"]) as part:
+    with pytest.raises(ZeroDivisionError), metapt.prepared_folder(folder, "form") as part:
         (part / "a.bin").write_bytes(b"3")
         1 / 0  # noqa: B018
     assert (folder / "a.bin").read_bytes() == b"2"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "ours"]
+    real = Path.replace
+
+    def failing(self, target):
+        if self.name.endswith("part"):
+            raise OSError("the disk went away")
+        return real(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="went away"):
+        patch.setattr(Path, "replace", failing)
+        prepare(folder, b"4")
+    assert (folder / "a.bin").read_bytes() == b"2"
+    folder.replace(tmp_path / ".ours.metapt-old")  # killed between two renames
+    with pytest.raises(ZeroDivisionError), metapt.prepared_folder(folder, "form"):
+        1 / 0  # noqa: B018
+    assert (folder / "a.bin").read_bytes() == b"2"
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("command", ["meta", "pretrain", "finetune", "eval"])

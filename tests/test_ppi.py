@@ -328,6 +328,7 @@ def test_other_files_are_refused(tmp_path):
         ({"edge_attr": torch.zeros(3, 9)}, {}),
         ({"edge_attr": torch.zeros(5788)}, {}),
         ({"edge_index": torch.zeros(2, 5788)}, {}),
+        ({"edge_index": torch.zeros(3, 5788, dtype=torch.long)}, {}),
         ({"center_node_idx": torch.full((300,), 0.5)}, {}),
         ({"species_id": torch.full((300,), 2**40)}, {}),
         ({"species_id": torch.full((300,), torch.nan)}, {}),
@@ -877,6 +878,12 @@ def test_pretrain_finetune_and_eval(run, tmp_path):
     runs = ["run", tmp_path / "supervised", tmp_path / "cotrain", tmp_path / "pcgrad"]
     summary = summary_of(home, "eval", *runs, "--seeds", 2, "--steps", 10, "--sizes", "30", "--out", tmp_path / "eval")
     assert len(summary["differences"]) == 4
+    other = options({**TINY, "compare": 0, "compare_lr": 0.3})
+    assert main_in(home, "pretrain", "ppi", "--out", tmp_path / "other", *other)[0] == 0
+    given = ("--seeds", 1, "--sizes", "30", "--out", tmp_path / "no")
+    assert "--compare-lr" in refused(home, "eval", "run", tmp_path / "other", *given)
+    summary = summary_of(home, "eval", "run", tmp_path / "other", "--lr", 0.1, *given)
+    assert (summary["lr"], summary["scope"], summary["half"]) == (0.1, "head", "unseen")
 
 
 def test_bad_input_is_one_line(home, tmp_path):
