@@ -310,7 +310,7 @@ def draw(found: dict) -> None:
             left.plot(cost, cosine, "o-", ms=3, lw=1, label=family)
         left.axhline(0.95, color="0.7", lw=0.8, ls="--")
         left.set(xscale="log", xlabel="cost (PT steps)", ylabel="cosine to the exact hypergradient", ylim=(0, 1.02))
-        left.legend(fontsize=6, loc="lower right")
+        left.legend(fontsize=6, loc="lower left", ncols=2)
         for row in found["online"]:
             if (row["batch"], row["damping"]) == (300, 0.1) and row["estimator"] in (
                 "published: neumann 1, α = PT's", "cg 3 afresh", "carried: neumann 1", "carried: neumann 1, momentum 0.9"
