@@ -1435,7 +1435,6 @@ def read_pyg(path: Path) -> tuple[dict, dict]:
     try:
         with torch.serialization.safe_globals([(PygData, "torch_geometric.data.data.Data")]):
             data, slices = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        right = isinstance(data, PygData) and isinstance(slices, dict)
     except FileNotFoundError:
         raise BadInput(f"{path} is missing") from None
     except Exception as error:  # noqa: BLE001 (torch raises half a dozen types for files that are torn or hostile)
@@ -1450,7 +1449,7 @@ def read_pyg(path: Path) -> tuple[dict, dict]:
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(others)
-    if not right:
+    if not isinstance(data, PygData) or not isinstance(slices, dict):
         raise BadInput(f"{path} is not a data set of Hu et al.: it is no pair of a Data object and slices")
     return vars(data), slices
 
@@ -1491,7 +1490,7 @@ def prepare_published(source: Path, folder: Path) -> dict:
         if source.suffix == ".zip":
             folder.parent.mkdir(parents=True, exist_ok=True)
             own = stack.enter_context(tempfile.TemporaryDirectory(prefix=".metapt-", dir=folder.parent))
-            source = unzip_published(source, Path(own) / "geometric_data_processed.pt")
+            source = unzip_published(source, Path(own))
         data, slices = read_pyg(source)
         try:
             counts = [len(data[f"go_target_{n}"]) // (len(slices["x"]) - 1) for n in ("pretrain", "downstream")]
@@ -1501,9 +1500,9 @@ def prepare_published(source: Path, folder: Path) -> dict:
         return prepare_graphs(folder, published_graphs(data, slices), terms, counts[1])
 
 
-def unzip_published(archive: Path, path: Path) -> Path:
-    """Takes the one file that is needed out of the zip (which checks its CRC) and leaves the rest where it is."""
-    part = path.with_name(path.name + ".part")
+def unzip_published(archive: Path, folder: Path) -> Path:
+    """Takes the one file that is needed out of the zip (which checks its CRC) into a folder that the caller removes."""
+    path = folder / "geometric_data_processed.pt"
     try:
         with zipfile.ZipFile(archive) as content:
             names = content.namelist()
@@ -1514,15 +1513,13 @@ def unzip_published(archive: Path, path: Path) -> Path:
             # "unsupervised/processed" holds a file of the same name
             if not (found := [n for n in names if f"/{n}".endswith(f"/{PPI_FILE}")]):
                 raise BadInput(f"{archive} holds no {PPI_FILE}")
-            enough_space(path.parent, 5 * content.getinfo(found[0]).file_size // 4)  # what is prepared from it is small
-            with content.open(found[0]) as member, part.open("wb") as file:
+            enough_space(folder, 5 * content.getinfo(found[0]).file_size // 4)  # what is prepared from it is small
+            with content.open(found[0]) as member, path.open("wb") as file:
                 shutil.copyfileobj(member, file, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as error:
-        part.unlink(missing_ok=True)
         raise BadInput(
             f"{archive} is not a whole zip file that can be read, delete it to fetch it anew: {error}"
         ) from None
-    part.replace(path)
     return path
 
 
@@ -1897,9 +1894,9 @@ def fetch_ptbxl(url: str, folder: Path, files_advance, strict: bool, threads: in
     rows, _ = read_ptbxl(folder, sums)
     names = [f"{name}.{kind}" for name in rows.filename_lr for kind in ("hea", "dat")]
     # Only a list that names all files takes the place of the one that was there.
-    if missing := [name for name in names if name not in sums]:
+    if unlisted := [name for name in names if name not in sums]:
         raise BadInput(
-            f"{url}/{listed.name} does not list {len(missing)} of {len(names)} files, as {missing[0]}: it came in part"
+            f"{url}/{listed.name} does not list {len(unlisted)} of {len(names)} files, as {unlisted[0]}: it came in part"
         )
     if fresh.exists():
         fresh.replace(listed)
@@ -3699,18 +3696,22 @@ def train(command, domain_name, given, preset, epochs, device, data, out, resume
                 raise BadInput("--epochs takes 1 or more, and does not go with --steps")
             each = max(1, domain.sizes["pretrain"] // settings.batch_size)
             settings = domain.settings = dataclasses.replace(settings, steps=epochs * each)
-    if resume is not None and config.get("data") not in (None, domain.data_digest()):
+    if resume is not None and not same_data(config, domain):
         raise BadInput(f"{resume} was started with other data than {data} holds now")
-    if phi is not None and Run.open(phi).config().get("data") not in (None, domain.data_digest()):
-        raise BadInput(f"{phi}: its φ was learned on other data, or on other parts of them")
-    state = Run.open(phi).checkpoint(domain_name)["phi"] if phi is not None else None
+    state = None
+    if phi is not None:
+        teacher = Run.open(phi)
+        if not same_data(teacher.config(), domain):
+            raise BadInput(f"{phi}: its φ was learned on other data, or on other parts of them")
+        state = teacher.checkpoint(domain_name)["phi"]
     try:
         training = Training(domain, settings, command == "meta", state)
     except RuntimeError as error:
         raise BadInput(f"{phi}: its φ does not fit {domain_name}: {str(error).splitlines()[0]}") from None
     if resume is None:
         config = {"format": FORMAT, "command": command, "domain": domain_name, "phi": str(phi) if phi else None,
-                  "device": str(device), "torch": torch.__version__, "data": domain.data_digest(), "settings": dataclasses.asdict(settings)}  # fmt: skip
+                  "device": str(device), "torch": torch.__version__, "data": domain.data_digest(),
+                  "settings": dataclasses.asdict(settings)}  # fmt: skip
         run = Run.create(out, f"{command}-{domain_name}", config)
     elif (run.folder / "checkpoint.pt").exists():
         run.restore(training, domain_name)
@@ -3770,6 +3771,11 @@ def train(command, domain_name, given, preset, epochs, device, data, out, resume
     if learner.skipped:
         console.print(f"{learner.skipped} meta steps were skipped: their hypergradient was not finite")
     finish(console, run, summary, as_json)
+
+
+def same_data(config: dict, domain: Domain) -> bool:
+    """Whether a run's config.json is of the data and parts that the domain has now; old ones do not say."""
+    return config.get("data") in (None, domain.data_digest())
 
 
 def follow(training: Training, run: Run, domain_name: str, console) -> None:
@@ -3920,7 +3926,7 @@ def load_subject(
         method = "online" if config["command"] == "meta" else "learned_phi" if config["phi"] else "default_phi"
         settings = with_half(settings)
         domain = make_domain(domain_name, settings, device, data)
-        if config.get("data") not in (None, domain.data_digest()):
+        if not same_data(config, domain):
             raise BadInput(f"{path} was trained on other data than {data} holds now")
         content = run.checkpoint(domain_name)
         try:
@@ -4023,16 +4029,12 @@ def measure_runs(
     check_scope(scope, lr)
     subjects = [load_subject(path, domain_name, device, data, half) for path in paths]
     first = subjects[0]
-    # What is not named comes from the runs, so they must agree on it.
+    agree = dict.fromkeys(("source", "unseen_tasks", "fold", "half", "test_folds"), "other test data")
+    agree["width"] = "encoders of one width can be compared"
+    # What is not named comes from the runs.
     of_runs = ["compare_batch_size", *(["compare_lr", "compare_scope"] if lr is None else []),
                *(["finetune_steps", "finetune_epochs"] if steps is None else [])]  # fmt: skip
-    for path, subject in zip(paths, subjects, strict=True):
-        for name in of_runs:
-            if getattr(subject.settings, name) != getattr(first.settings, name):
-                raise BadInput(f"{path} has another --{name.replace('_', '-')} than {paths[0]}: name --lr and --steps")
-    if lr is None:
-        own = first.run is not None and scope == first.settings.compare_scope
-        lr = first.settings.compare_lr if own else {"head": 1e-2, "all": 1e-3}[scope]
+    agree |= dict.fromkeys(of_runs, "name --lr and --steps")
     for path, subject in zip(paths, subjects, strict=True):
         if subject.domain_name != first.domain_name:
             raise BadInput(f"{path} is of the domain {subject.domain_name}, {paths[0]} of {first.domain_name}")
@@ -4040,11 +4042,12 @@ def measure_runs(
             raise BadInput(
                 f"{path} has other data than {paths[0]}: runs with the same --seed and --noise can be compared"
             )
-        for name in ("source", "unseen_tasks", "fold", "half", "test_folds"):
+        for name, why in agree.items():
             if getattr(subject.settings, name) != getattr(first.settings, name):
-                raise BadInput(f"{path} has another --{name.replace('_', '-')} than {paths[0]}: other test data")
-        if subject.settings.width != first.settings.width:
-            raise BadInput(f"{path} has another --width than {paths[0]}: encoders of one width can be compared")
+                raise BadInput(f"{path} has another --{name.replace('_', '-')} than {paths[0]}: {why}")
+    if lr is None:
+        own = first.run is not None and scope == first.settings.compare_scope
+        lr = first.settings.compare_lr if own else {"head": 1e-2, "all": 1e-3}[scope]
     domain, sizes = first.domain, parse_sizes(sizes, first.domain)
     one_thread(first.domain_name)
     if export is not None and not export.parent.is_dir():
