@@ -2764,6 +2764,12 @@ def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=lr, fused=sum(p.numel() for p in parameters) > 1_000_000 or None)
 
 
+def set_gradients(module: nn.Module, gradients: Params) -> None:
+    """Gradients to their parameters, each in the layout of its parameter: torch's fused Adam reads any other wrongly."""
+    for name, parameter in module.named_parameters():
+        parameter.grad = torch.empty_like(parameter).copy_(gradients[name])
+
+
 class Learner:
     """All that Algorithm 1 carries from step to step: θ, ψ, φ, their optimisers, q, and the place in the data."""
 
@@ -2871,11 +2877,9 @@ class Learner:
         if settings.share_pass and result.pt_gradient is None:
             self.pretrain_step(progress)
         elif settings.share_pass:
-            for name, parameter in self.network.named_parameters():
-                parameter.grad = result.pt_gradient[name]
+            set_gradients(self.network, result.pt_gradient)
             self.optimizer.step()
-        for name, parameter in self.meta.named_parameters():
-            parameter.grad = result.phi[name]
+        set_gradients(self.meta, result.phi)
         for group in self.meta_optimizer.param_groups:
             group["lr"] = group["initial_lr"] * settings.meta_lr_decay**progress
         self.meta_optimizer.step()

@@ -570,6 +570,20 @@ def test_meta_step_follows_the_gradient_of_the_validation_loss_after_one_pretrai
     assert found == pytest.approx(truth, rel=1e-5)
 
 
+def test_gradients_of_any_layout_move_a_large_network_alike():
+    moved = []
+    for turn in (lambda g: g, lambda g: g.T.contiguous().T):
+        torch.manual_seed(0)
+        module = torch.nn.Linear(1100, 1000)  # large enough for torch's fused Adam, which looks at no strides
+        optimizer = metapt.adam(list(module.parameters()), 0.1)
+        assert optimizer.defaults["fused"]
+        for _ in range(2):
+            metapt.set_gradients(module, {"weight": turn(torch.randn(1000, 1100)), "bias": torch.zeros(1000)})
+            optimizer.step()
+        moved.append(module.weight.detach())
+    assert torch.equal(*moved)
+
+
 def test_a_non_finite_hypergradient_skips_the_meta_step(monkeypatch):
     real, calls = metapt.hypergradient, []
 
