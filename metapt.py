@@ -754,14 +754,14 @@ class WarpAugmentation(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         self.layers = nn.Sequential(*(
-            nn.Sequential(nn.Conv1d(a, b, 15, stride=2, padding=7), nn.BatchNorm1d(b, track_running_stats=False), nn.ReLU())
+            nn.Sequential(along_time(a, b, 15, 2, bias=True), nn.BatchNorm2d(b, track_running_stats=False), nn.ReLU())
             for a, b in itertools.pairwise([leads, *[width] * 4])
         ))  # fmt: skip
         self.last = nn.Linear(width, 1)
 
     def magnitudes(self, signals: Tensor) -> Tensor:
         """Signals [n, leads, t] to how far each is to be warped, [n] in (0, 2)."""
-        return 2 * self.last(self.layers(signals).mean(2)).squeeze(1).sigmoid()
+        return 2 * self.last(self.layers(flat(signals)).mean((2, 3))).squeeze(1).sigmoid()
 
     def displacements(self, magnitudes: Tensor, samples: int) -> Tensor:
         """A random warp a signal: by how many samples each sample is taken from another place, [n, samples]."""
@@ -969,16 +969,27 @@ class GIN(nn.Module):
         return torch.cat([total / batch.size[:, None], x[batch.centre]], 1)
 
 
+def along_time(inputs: int, outputs: int, taps: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    """A convolution along time of what `flat` gives: [n, inputs, 1, t] to [n, outputs, 1, ⌈t / stride⌉], `taps` odd."""
+    return nn.Conv2d(inputs, outputs, (1, taps), (1, stride), (0, taps // 2), bias=bias)
+
+
+def flat(signals: Tensor) -> Tensor:
+    """Signals [n, channels, t] as images of height 1, channels last in memory: a CPU's convolutions are up to 1.6 x as
+    fast on them as nn.Conv1d, which has no such layout."""
+    return signals[:, :, None].contiguous(memory_format=torch.channels_last)
+
+
 class ResidualBlock(nn.Module):
     """Two convolutions beside a shortcut (the basic block of He et al., CVPR 2016), along time."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
-        self.first, self.norm1 = nn.Conv1d(inputs, outputs, 15, stride, 7, bias=False), nn.BatchNorm1d(outputs)
-        self.second, self.norm2 = nn.Conv1d(outputs, outputs, 15, 1, 7, bias=False), nn.BatchNorm1d(outputs)
+        self.first, self.norm1 = along_time(inputs, outputs, 15, stride), nn.BatchNorm2d(outputs)
+        self.second, self.norm2 = along_time(outputs, outputs, 15), nn.BatchNorm2d(outputs)
         self.shortcut = None
         if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv1d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm1d(outputs))
+            self.shortcut = nn.Sequential(along_time(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.norm2(self.second(self.norm1(self.first(x)).relu()))
@@ -995,7 +1006,7 @@ class ResNet18(nn.Module):
     def __init__(self, leads: int, width: int):
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv1d(leads, width, 15, 2, 7, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.MaxPool1d(3, 2, 1)
+            along_time(leads, width, 15, 2), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d((1, 3), (1, 2), (0, 1))
         )
         widths = [width, width, 2 * width, 4 * width, 8 * width]
         self.blocks = nn.Sequential(*(
@@ -1005,7 +1016,7 @@ class ResNet18(nn.Module):
         ))  # fmt: skip
 
     def forward(self, signals: Tensor) -> Tensor:
-        return self.blocks(self.stem(F.pad(signals, (0, -signals.shape[2] % 64)))).mean(2)
+        return self.blocks(self.stem(flat(F.pad(signals, (0, -signals.shape[2] % 64))))).mean((2, 3))
 
 
 def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
@@ -1017,7 +1028,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 
 def settle(network: nn.Module, inputs) -> None:
     """BatchNorm's statistics from data at once: an encoder without PT is then a baseline, not an overflow."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d)]
+    norms = [module for module in network.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
     with torch.no_grad():
         for norm in norms:
             norm.momentum = 1.0
@@ -1663,7 +1674,7 @@ class Records:
     def millivolts(self, index: Tensor) -> Tensor:
         """Signals [n, 12, 1000] in mV."""
         signals = (self.samples[index].float() - self.baseline[index][:, None]) / self.gain[index][:, None]
-        return signals.transpose(1, 2)
+        return signals.transpose(1, 2).contiguous()  # noise of its shape is drawn 8 x faster than in the other order
 
     def moments(self, index: Tensor) -> tuple[float, float]:
         """Mean and standard deviation, in mV, over all samples of all leads of these records."""

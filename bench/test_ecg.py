@@ -1,11 +1,14 @@
-"""The statistics of the ECG study, on predictions whose scores are known."""
+"""The statistics of the ECG study, on predictions whose scores are known; the published layers equal those of metapt.py."""
 
 import json
 
 import numpy as np
 import pytest
+import torch
 
+import metapt
 from bench import ecg
+from bench.plain_resnet import PlainResNet18, PlainWarp
 
 
 @pytest.fixture
@@ -51,3 +54,30 @@ def test_report_pools_groups_and_pairs_methods(study):
     (study / "results" / "ecg" / "group2-seed1.json").unlink()  # a seed that is not complete is left out
     ecg.report()
     assert len(json.loads((study / "results" / "ecg.json").read_text())["rows"][0]["by_seed"]) == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_published_encoder_is_the_same_function(training):
+    torch.manual_seed(0)
+    ours, x = metapt.ResNet18(12, 2).double(), torch.randn(3, 12, 1000, dtype=torch.float64)
+    ours.train()(2 * x)  # statistics that are not those of the start
+    plain = PlainResNet18(ours).double().train(training)
+    weights = torch.randn(3, 16, dtype=torch.float64)
+    found, expected = ours.train(training)(x), plain(x)
+    torch.testing.assert_close(found, expected)
+    for out in (found, expected):
+        (out * weights).sum().backward()
+    for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad.reshape(b.shape), b.grad, msg=name)
+
+
+def test_the_published_warp_is_the_same_function():
+    torch.manual_seed(0)
+    ours, x = metapt.WarpAugmentation(12, 0.7).double(), torch.randn(3, 12, 1000, dtype=torch.float64)
+    plain = PlainWarp(ours).double()
+    torch.testing.assert_close(ours.magnitudes(x), plain.magnitudes(x))
+    views = []
+    for warp in (ours, plain):
+        torch.manual_seed(1)
+        views.append(warp(x, warp.magnitudes(x)))
+    torch.testing.assert_close(*views)

@@ -459,8 +459,8 @@ def test_nt_xent_is_equation_1():
 
 
 def slow_convolution(x, weight, stride, padding):
-    """[n, c, t] and [d, c, k], one output sample at a time."""
-    x = F.pad(x, (padding, padding))
+    """[n, c, t] and [d, c, 1, k], one output sample at a time."""
+    x, weight = F.pad(x, (padding, padding)), weight[:, :, 0]
     steps = range(0, x.shape[2] - weight.shape[2] + 1, stride)
     return torch.stack([torch.einsum("nck,dck->nd", x[:, :, s : s + weight.shape[2]], weight) for s in steps], 2)
 
@@ -492,8 +492,8 @@ def test_resnet_is_that_of_loops():
 
 def test_the_network_has_the_published_shape():
     model = metapt.ResNet18(12, 32)
-    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv1d)]
-    assert len([c for c in convolutions if c.kernel_size == (15,)]) == 17  # and the head makes 18
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len([c for c in convolutions if c.kernel_size == (1, 15)]) == 17  # and the head makes 18
     assert sorted({c.out_channels for c in convolutions}) == [32, 64, 128, 256]
     assert model.eval()(torch.zeros(2, 12, 1000)).shape == (2, 256)
 

@@ -1,0 +1,51 @@
+"""The published ResNet-18 along time and the warp's network, of nn.Conv1d. Slower; `ResNet18` in metapt.py is tested to equal it."""
+
+import copy
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metapt
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """A copy with layers for [n, channels, t] in place of those for images of height 1."""
+    if isinstance(module, nn.Conv2d):
+        made = nn.Conv1d(module.in_channels, module.out_channels, module.kernel_size[1], module.stride[1],
+                         module.padding[1], bias=module.bias is not None)  # fmt: skip
+        state = {name: p[:, :, 0] if name == "weight" else p for name, p in module.state_dict().items()}
+    elif isinstance(module, nn.BatchNorm2d):
+        made = nn.BatchNorm1d(module.num_features, track_running_stats=module.track_running_stats)
+        state = module.state_dict()
+    elif isinstance(module, nn.MaxPool2d):
+        return nn.MaxPool1d(module.kernel_size[1], module.stride[1], module.padding[1])
+    else:
+        made = copy.deepcopy(module)
+        for name, child in module.named_children():
+            setattr(made, name, plain(child))
+        return made
+    made.load_state_dict(state)
+    return made
+
+
+class PlainResNet18(nn.Module):
+    """The same function as the `metapt.ResNet18` whose parameters it copies."""
+
+    def __init__(self, resnet: metapt.ResNet18):
+        super().__init__()
+        self.stem, self.blocks = plain(resnet.stem), plain(resnet.blocks)
+
+    def forward(self, signals: Tensor) -> Tensor:
+        return self.blocks(self.stem(F.pad(signals, (0, -signals.shape[2] % 64)))).mean(2)
+
+
+class PlainWarp(metapt.WarpAugmentation):
+    """The same function as the `metapt.WarpAugmentation` whose parameters it copies."""
+
+    def __init__(self, warp: metapt.WarpAugmentation):
+        super().__init__(warp.layers[0][0].in_channels, 1.0)
+        self.load_state_dict(warp.state_dict())
+        self.layers = plain(self.layers)
+
+    def magnitudes(self, signals: Tensor) -> Tensor:
+        return 2 * self.last(self.layers(signals).mean(2)).squeeze(1).sigmoid()
