@@ -64,6 +64,9 @@ class Unroll:
         eps: added to the root of Adam's second moment.
         optimizer: "sgd" or "adam".
         scope: "head": only ψ moves; "all": θ moves too.
+        hvp: how the adjoint of a step is found, as in `Solver`; None: as the solver says. Beside a "finite" solver,
+            "exact" pays in scope "head": its second-order graph ends where ψ does, so that a step costs one pass of L_FT
+            instead of two and a bit, at the memory of one (for each of K steps), and no kink of θ's network gets in.
 
     Raises:
         ValueError: a field has a value that is not listed here.
@@ -75,11 +78,13 @@ class Unroll:
     eps: float = 1e-8
     optimizer: str = "sgd"
     scope: str = "head"
+    hvp: str | None = None
 
     def __post_init__(self):
         _require(self.steps >= 0, "Unroll.steps", self.steps, "0 or more")
         _require(self.optimizer in ("sgd", "adam"), "Unroll.optimizer", self.optimizer, "'sgd' or 'adam'")
         _require(self.scope in ("head", "all"), "Unroll.scope", self.scope, "'head' or 'all'")
+        _require(self.hvp in (None, "exact", "finite"), "Unroll.hvp", self.hvp, "'exact', 'finite' or None")
 
 
 @dataclass(frozen=True)
@@ -260,6 +265,7 @@ def gradient_through_finetuning(finetune_losses, validation_loss, point, unroll,
     Returns:
         L_V, its gradient with respect to `point`, ψ_K and the optimiser's state after K steps.
     """
+    solver = replace(solver, hvp=unroll.hvp or solver.hvp)
     everything = list(point)
     moving = everything if unroll.scope == "all" else list(_point(psi=_group(point, "psi")))
     start = {name: t.detach() for name, t in point.items()}
@@ -1969,6 +1975,7 @@ class Settings:
     hvp_step: float | None = _option(
         None, "With --hvp finite: norm of the difference's step; without it, the dtype's own"
     )
+    finetune_hvp: str = _option("", "The same through the unrolled FT steps; without it, as --hvp")
     share_pass: bool = _option(False, "The last of P PT steps takes its gradient from the meta step's own passes")
     carry_q: bool = _option(False, "Start each solve from the last one's q (neumann, cg)")
     q_momentum: float = _option(0.9, "With --carry-q and neumann: how far the start goes on the way that q last went")
@@ -2058,7 +2065,8 @@ class Settings:
 
     @property
     def unroll(self) -> Unroll:
-        return Unroll(steps=self.unroll_steps, lr=self.finetune_lr, optimizer="adam", scope=self.scope)
+        return Unroll(steps=self.unroll_steps, lr=self.finetune_lr, optimizer="adam", scope=self.scope,
+                      hvp=self.finetune_hvp or None)  # fmt: skip
 
     @property
     def inverse(self) -> Solver:
@@ -2518,7 +2526,8 @@ class ECG(Domain):
             **PUBLISHED, "width": 8, "steps": 150, "warmup": 20, "meta_every": 5, "batch_size": 128, "meta_batch_size": 128,
             "lr": 3e-3, "finetune_lr": 1e-3, "meta_lr": 3e-3, "scale_lr": 3e-2, "compare": 2,
             # Differences step over thousands of ReLUs' kinks here: a long step averages over them. See bench/ecg.py draws.
-            "solver": "identity", "alpha": None, "hvp": "finite", "hvp_step": 0.3, "share_pass": True,
+            "solver": "identity", "alpha": None, "hvp": "finite", "hvp_step": 0.3, "finetune_hvp": "exact",
+            "share_pass": True,
         },
         # 50 epochs of folds 1 to 9 in batches of 256, one of them as warm-up; FT is 200 epochs of the whole network.
         "paper": {

@@ -45,14 +45,18 @@ class _Saved:
             self.books[self.key] = (count - 1, size)
 
 
-def peak(work) -> int:
-    """The most bytes that are saved for backward at one time while `work()` runs."""
+def peak(work, data: bool = False) -> int:
+    """The most bytes that are saved for backward at one time while `work()` runs.
+
+    Parameters are not counted. What needs no gradient is not either, unless `data`: an input saved for the gradient of
+    a weight, which counts where the input itself has a gradient.
+    """
     books, most = {}, 0
 
     def pack(tensor):
         nonlocal most
         base = tensor if tensor._base is None else tensor._base
-        if base.is_leaf:  # parameters and data: there whether or not anything is saved
+        if base.is_leaf and (base.requires_grad or not data):  # there whether or not anything is saved
             return tensor
         saved = _Saved(tensor, books)
         most = max(most, sum(size for _, size in books.values()))

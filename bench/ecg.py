@@ -21,6 +21,7 @@ import typer
 
 import metapt
 from bench import counting
+from bench.plain_resnet import PlainResNet18, PlainWarp
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "ecg"
@@ -34,6 +35,7 @@ NAMES = {
 FIXED = {"simclr": {"augment": "simclr"}, "initial": {}}
 LEARNED = {"learned": {}, "half": {"ft_share": 0.5}}
 SCOPES = {"all": 1e-3, "head": 1e-2}
+KINDS = ("seconds", "flops", "bytes", "bytes_and_data")  # what is measured of a step
 FT_SEEDS, FT_STEPS, DRAWS = 2, 200, 1000
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = rich.console.Console()
@@ -197,8 +199,8 @@ def draw(rows: list[dict], records: int) -> None:
         axes[0].figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=7)
 
 
-# The published procedure, written anew for this comparison: views are made sample by sample in numpy in the loader, the
-# warp has five squarings and a pass of its network a view, `higher` unrolls the head, Neumann runs on a double backward
+# The published procedure, written anew for this comparison: convolutions are nn.Conv1d's, views are made sample by sample in
+# numpy in the loader, the warp has five squarings and a pass of its network a view, `higher` unrolls the head, Neumann runs on a double backward
 # with a second forward pass for the mixed product.
 
 
@@ -230,7 +232,8 @@ class Published:
 
         self.higher, self.domain, self.settings = higher, domain, domain.settings
         torch.manual_seed(0)
-        self.network, self.head, self.warp = domain.network(), domain.head(), domain.meta().warp
+        self.network, self.head, self.warp = domain.network(), domain.head(), PlainWarp(domain.meta().warp)
+        self.network.encoder = PlainResNet18(self.network.encoder)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.settings.lr)
         self.head_optimizer = torch.optim.Adam(self.head.parameters(), lr=self.settings.finetune_lr)
         self.phi_optimizer = torch.optim.Adam(self.warp.parameters(), lr=self.settings.meta_lr)
@@ -326,9 +329,10 @@ def speed(
     sizes = {"width": width, "batch_size": batch, "meta_batch_size": batch, "finetune_batch_size": batch,
              "validation_batch_size": batch, "warmup": 0}  # fmt: skip
     domain = metapt.make_domain("ecg", metapt.settings_of("ecg", sizes), metapt.pick_device("cpu"), data)
-    ours, published = metapt.Learner(domain, domain.settings), Published(domain)
-    works = {(who, what): getattr(learner, what) for who, learner in (("ours", ours), ("published", published))
-             for what in ("pretrain_step", "meta_step")}  # fmt: skip
+    alone = metapt.replace(domain.settings, share_pass=False)  # a meta step that is no PT step, too
+    learners = {"ours": metapt.Learner(domain, domain.settings), "published": Published(domain)}
+    works = {(who, what): getattr(of, what) for who, of in learners.items() for what in ("pretrain_step", "meta_step")}
+    works["ours", "meta_step alone"] = metapt.Learner(domain, alone).meta_step
     for work in works.values():
         work(1.0)  # the first estimates alpha, and builds what later ones reuse
     taken = {key: [] for key in works}
@@ -343,12 +347,13 @@ def speed(
         rows.append({"who": key[0], "what": key[1], "seconds": float(np.median(taken[key])),
                      "pt_steps": [float(q) for q in np.percentile(np.array(taken[key]) / plain, [50, 0, 100])],
                      "flops": counting.flops(lambda work=work: work(1.0)),
-                     "bytes": counting.peak(lambda work=work: work(1.0))})  # fmt: skip
+                     "bytes": counting.peak(lambda work=work: work(1.0)),
+                     "bytes_and_data": counting.peak(lambda work=work: work(1.0), data=True)})  # fmt: skip
     of = {(row["who"], row["what"]): row for row in rows}
     own, base = of["ours", "pretrain_step"], of["published", "pretrain_step"]
     for row in rows:
         first = own if row["who"] == "ours" else base
-        row |= {f"{name}_in_own_pt_steps": row[name] / first[name] for name in ("seconds", "flops", "bytes")}
+        row |= {f"{name}_in_own_pt_steps": row[name] / first[name] for name in KINDS}
     # A round: P PT steps and a meta step. With --share-pass the meta step's passes give one of the P.
     rounds = {"ours": 9 * own["seconds"] + of["ours", "meta_step"]["seconds"],
               "published": 10 * base["seconds"] + of["published", "meta_step"]["seconds"]}  # fmt: skip
@@ -356,8 +361,9 @@ def speed(
               "round_seconds": rounds, "round_ratio": rounds["published"] / rounds["ours"]}  # fmt: skip
     metapt.save_json(HERE / "results" / f"ecg-speed-{width}.json", result)
     cells = [[f"{row['who']}, {row['what'].replace('_', ' ')}", f"{row['seconds']:.3f}", *(
-        f"{row[f'{name}_in_own_pt_steps']:.2f}" for name in ("seconds", "flops", "bytes"))] for row in rows]  # fmt: skip
-    metapt.show_table(console, "One step", ["", "seconds", "time / own PT step", "FLOPs / …", "bytes / …"], cells)
+        f"{row[f'{name}_in_own_pt_steps']:.2f}" for name in KINDS)] for row in rows]  # fmt: skip
+    head = ["", "seconds", "time / own PT step", "FLOPs / …", "bytes / …", "with data / …"]
+    metapt.show_table(console, "One step", head, cells)
     console.print(f"a round of 10 PT steps and a meta step: published / ours = {result['round_ratio']:.2f}")
 
 

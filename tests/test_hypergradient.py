@@ -488,6 +488,26 @@ def test_finite_equals_exact(unroll, carried, solver, dtype, tolerance):
     assert all(e < tolerance for e in errors(finite, exact).values()), errors(finite, exact)
 
 
+@pytest.mark.parametrize("unroll, carried", UNROLLS)
+@pytest.mark.parametrize("other", ["exact", "finite"])
+def test_the_unroll_may_go_another_way_than_the_solver(unroll, carried, other):
+    """Its own part is then what it is where both go that way, to the last bit; the mixed product stays the solver's."""
+    problem, ways = network(), {"exact": "finite", "finite": "exact"}
+    ft_state = carried_state(problem, unroll, carried)
+
+    def found(of_unroll, of_solver):
+        torch.manual_seed(38)
+        solver = Solver("identity", hvp=of_solver)
+        return run(problem, unroll=metapt.replace(unroll, hvp=of_unroll), solver=solver, ft_state=ft_state)
+
+    mixed, same, solvers = found(other, ways[other]), found(None, other), found(None, ways[other])
+    assert torch.equal(flat(mixed.q), flat(same.q)) and torch.equal(flat(mixed.psi0), flat(same.psi0))
+    if unroll.steps:
+        assert not torch.equal(flat(mixed.q), flat(solvers.q))
+    assert error(mixed.phi, flat(same.phi)) < 1e-6
+    assert not torch.equal(flat(mixed.phi), flat(same.phi))
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.float64, 1e-6)])
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_finite_does_not_mind_the_scale_of_the_validation_loss(scale, dtype, tolerance):
@@ -913,6 +933,7 @@ def test_nystrom_below_full_rank_needs_damping():
         lambda: Solver(alpha=0.0),
         lambda: Unroll(-1),
         lambda: Unroll(optimizer="lion"),
+        lambda: Unroll(hvp="complex"),
         lambda: Unroll(scope="theta"),
     ],
 )
