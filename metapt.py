@@ -2048,6 +2048,8 @@ class Settings:
             self._check(not isinstance(value, float) or math.isfinite(value), name, "a finite number")
         self._check(0 <= self.seed < 2**32, "seed", "between 0 and 2**32 - 1")
         self._check(not self.carry_q or self.solver in ("neumann", "cg"), "carry_q", "False with this --solver")
+        # The meta step's passes leave BatchNorm's statistics alone: those must come from PT steps between.
+        self._check(not self.share_pass or self.meta_every > 1, "meta_every", "2 or more with --share-pass")
         self._check(self.solver != "nystrom" or self.damping > 0, "damping", "positive with --solver nystrom")
         try:
             _, _, plan = self.unroll, self.inverse, self.plan  # the first two check their own fields
@@ -3006,9 +3008,10 @@ class Training:
             for learner in self.learners:
                 self.domain.begin_episode(learner.meta)
                 for step in range(self.step, until - (meta and settings.share_pass)):
-                    learner.optimizer.param_groups[0]["lr"] = self._rate(step)
+                    self._set_rate(learner, step)
                     learner.pretrain_step(self._progress(step))
                 if meta:
+                    self._set_rate(learner, until - 1)  # with --share-pass it is a PT step, too
                     learner.meta_step(self._progress(until - 1))
             self.step, self.seconds = until, time.perf_counter() - begun
             for learner in self.learners:
@@ -3027,10 +3030,10 @@ class Training:
             return 1.0
         return max(0.0, (step - self.settings.warmup) / max(1, self.settings.steps - self.settings.warmup))
 
-    def _rate(self, step: int) -> float:
+    def _set_rate(self, learner: Learner, step: int) -> None:
         """The learning rate of PT. Half a cosine from --lr to 0 (Loshchilov and Hutter, ICLR 2017), if asked for."""
         share = step / self.settings.steps if self.settings.cosine else 0.0
-        return self.settings.lr * (1 + math.cos(math.pi * share)) / 2
+        learner.optimizer.param_groups[0]["lr"] = self.settings.lr * (1 + math.cos(math.pi * share)) / 2
 
     def _select(self) -> None:
         """Successive halving (Jamieson and Talwalkar, AISTATS 2016): at the end of a round the better particles stay."""

@@ -740,11 +740,12 @@ def test_the_global_scale_has_a_rate_of_its_own(home):
     assert moved["warp.last.weight"] == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_the_cosine_is_stepped(home):
-    domain, rates = make(home, cosine=True, steps=10, warmup=0), []
-    training = metapt.Training(domain, domain.settings, False)
-    step = training.best.pretrain_step
-    training.best.pretrain_step = lambda p: (rates.append(training.best.optimizer.param_groups[0]["lr"]), step(p))
+@pytest.mark.parametrize("learn", [False, True])  # with φ learned, every second PT step is the meta step's
+def test_the_cosine_is_stepped(home, learn):
+    domain, rates = make(home, cosine=True, steps=10, warmup=0, meta_every=2, share_pass=True), []
+    training = metapt.Training(domain, domain.settings, learn)
+    step = training.best.optimizer.step
+    training.best.optimizer.step = lambda: (rates.append(training.best.optimizer.param_groups[0]["lr"]), step())
     training.run()
     expected = [domain.settings.lr * (1 + math.cos(math.pi * t / 10)) / 2 for t in range(10)]
     assert rates == pytest.approx(expected)
@@ -873,7 +874,7 @@ def test_pretraining_with_masks_and_noise_alone_and_at_learned_phi(runs):
         ({"ft_records": 3}, "ft-records"), ({"ft_records": 5000}, "ft-records"),
         ({"augment": "all"}, "augment"), ({"temperature": 0}, "temperature"), ({"scale_lr": -1}, "scale-lr"),
         ({"init_scale": "nan"}, "init-scale"), ({"compare_scope": "body"}, "compare-scope"), ({"noise": 0.5}, "noise"),
-        ({"finetune_hvp": "complex"}, "Unroll.hvp"),
+        ({"finetune_hvp": "complex"}, "Unroll.hvp"), ({"share_pass": True, "meta_every": 1}, "meta-every"),
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(home, given, message):
