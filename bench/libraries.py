@@ -26,6 +26,7 @@ from torch.func import functional_call
 
 import metapt
 from bench import counting
+from bench.plain_resnet import PlainResNet18
 from metapt import Solver, Unroll
 
 HERE = Path(__file__).parent
@@ -46,7 +47,9 @@ class Task:
             self.encoder = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
         else:  # the ECG encoder as published: 12 leads, 1,000 samples, width 32; BatchNorm as FT has it
             shape, features, batch, self.decay = (12, 1000), 256, 8, 0.1
-            self.encoder = metapt.ResNet18(12, 32).eval()
+            resnet = metapt.ResNet18(12, 32)
+            with torch.random.fork_rng():  # what the copy draws, it does not keep
+                self.encoder = PlainResNet18(resnet).eval()
         self.pt_head, self.ft_head = nn.Linear(features, 16), nn.Linear(features, 5)
         self.x, self.xf, self.xv = (torch.randn(batch, *shape) for _ in range(3))
         self.y, self.phi = torch.randint(2, (batch, 16)).double(), torch.randn(16)

@@ -24,7 +24,7 @@ def plain(module: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             setattr(made, name, plain(child))
         return made
-    made.load_state_dict(state)
+    made.to(module.weight).load_state_dict(state)  # of its dtype and on its device
     return made
 
 

@@ -61,10 +61,10 @@ def test_the_published_encoder_is_the_same_function(training):
     torch.manual_seed(0)
     ours, x = metapt.ResNet18(12, 2).double(), torch.randn(3, 12, 1000, dtype=torch.float64)
     ours.train()(2 * x)  # statistics that are not those of the start
-    plain = PlainResNet18(ours).double().train(training)
+    plain = PlainResNet18(ours).train(training)
     weights = torch.randn(3, 16, dtype=torch.float64)
     found, expected = ours.train(training)(x), plain(x)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for out in (found, expected):
         (out * weights).sum().backward()
     for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
