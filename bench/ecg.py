@@ -232,7 +232,7 @@ class PlainViews(torch.utils.data.Dataset):
 
 
 class Published:
-    def __init__(self, domain: metapt.ECG):
+    def __init__(self, domain: metapt.ECG, workers: int):
         import higher
 
         self.higher, self.domain, self.settings = higher, domain, domain.settings
@@ -242,10 +242,10 @@ class Published:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.settings.lr)
         self.head_optimizer = torch.optim.Adam(self.head.parameters(), lr=self.settings.finetune_lr)
         self.phi_optimizer = torch.optim.Adam(self.warp.parameters(), lr=self.settings.meta_lr)
-        signals = domain.inputs("pretrain", torch.arange(domain.sizes["pretrain"])).numpy()
+        signals = domain.inputs("pretrain", torch.arange(domain.sizes["pretrain"])).cpu().numpy()
         many = np.tile(signals, (20, 1, 1))  # so that no epoch ends within what is timed
         self.loader = torch.utils.data.DataLoader(
-            PlainViews(many), self.settings.batch_size, shuffle=True, drop_last=True
+            PlainViews(many), self.settings.batch_size, shuffle=True, drop_last=True, num_workers=workers
         )
         self.batches = iter(self.loader)
         self.streams = {
@@ -254,6 +254,7 @@ class Published:
         }
 
     def pretrain_loss(self, views):
+        views = [view.to(self.domain.device) for view in views]
         a, b = (self.network.train()(self.warp(view, self.warp.magnitudes(view))) for view in views)
         return metapt.nt_xent(a, b, self.settings.temperature)
 
@@ -328,14 +329,18 @@ def speed(
     width: Annotated[int, typer.Option(help="Of the encoder; 32 as published")] = 8,
     batch: Annotated[int, typer.Option(help="Of PT, of FT and of the meta step; 256 as published")] = 128,
     repeats: Annotated[int, typer.Option(help="Steps of each kind that are timed, in turn")] = 7,
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda; both sides run there, the published one's loader on the CPU")
+    ] = "cpu",
+    workers: Annotated[int, typer.Option(help="Processes of the published loader; 0: it works in between")] = 0,
     data: DATA = Path("data"),
 ):
     """A PT step and a meta step, ours and as published, in turn in one run: seconds (median), FLOPs, bytes saved."""
     sizes = {"width": width, "batch_size": batch, "meta_batch_size": batch, "finetune_batch_size": batch,
              "validation_batch_size": batch, "warmup": 0}  # fmt: skip
-    domain = metapt.make_domain("ecg", metapt.settings_of("ecg", sizes), metapt.pick_device("cpu"), data)
+    domain = metapt.make_domain("ecg", metapt.settings_of("ecg", sizes), metapt.pick_device(device), data)
     alone = metapt.replace(domain.settings, share_pass=False)  # a meta step that is no PT step, too
-    learners = {"ours": metapt.Learner(domain, domain.settings), "published": Published(domain)}
+    learners = {"ours": metapt.Learner(domain, domain.settings), "published": Published(domain, workers)}
     works = {(who, what): getattr(of, what) for who, of in learners.items() for what in ("pretrain_step", "meta_step")}
     works["ours", "meta_step alone"] = metapt.Learner(domain, alone).meta_step
     for work in works.values():
@@ -345,6 +350,8 @@ def speed(
         for key, work in works.items():
             begun = time.perf_counter()
             work(1.0)
+            if domain.device.type == "cuda":
+                torch.cuda.synchronize()
             taken[key].append(time.perf_counter() - begun)
     plain = np.array(taken["ours", "pretrain_step"])
     rows = []
@@ -362,9 +369,9 @@ def speed(
     # A round: P PT steps and a meta step. With --share-pass the meta step's passes give one of the P.
     rounds = {"ours": 9 * own["seconds"] + of["ours", "meta_step"]["seconds"],
               "published": 10 * base["seconds"] + of["published", "meta_step"]["seconds"]}  # fmt: skip
-    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), **sizes, "rows": rows,
+    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device, **sizes, "rows": rows,
               "round_seconds": rounds, "round_ratio": rounds["published"] / rounds["ours"]}  # fmt: skip
-    metapt.save_json(HERE / "results" / f"ecg-speed-{width}.json", result)
+    metapt.save_json(HERE / "results" / f"ecg-speed-{width}{'' if device == 'cpu' else '-' + device}.json", result)
     cells = [[f"{row['who']}, {row['what'].replace('_', ' ')}", f"{row['seconds']:.3f}", *(
         f"{row[f'{name}_in_own_pt_steps']:.2f}" for name in KINDS)] for row in rows]  # fmt: skip
     head = ["", "seconds", "time / own PT step", "FLOPs / …", "bytes / …", "with data / …"]
