@@ -62,10 +62,14 @@ def study(
     group: Annotated[int, typer.Option(help="Which folds are the test set: 0, 1 or 2")] = 0,
     seed: Annotated[int, typer.Option(help="Of everything")] = 0,
     steps: Annotated[int, typer.Option(help="PT steps of each run")] = 150,
+    scale: Annotated[
+        float | None, typer.Option(help="Instead of all these: the warp fixed at this s, others aside")
+    ] = None,
     data: DATA = Path("data"),
 ):
     """No PT, SimCLR, SimCLR with a warp, φ learned, φ learned from half: by FT-set size, whole network and head alone."""
     RESULTS.mkdir(parents=True, exist_ok=True)
+    path = f"{RESULTS}/group{group}-seed{seed}{'' if scale is None else f'-s{scale:g}'}"
     found, facts = {}, {"torch": torch.__version__, "steps": steps, "seed": seed, "group": GROUPS[group], "phi": {}}
 
     def trained(learn, **given):
@@ -80,22 +84,21 @@ def study(
             found[f"{name} {n} {scope}"] = np.stack(each).astype(np.float32)
             scores = [metapt.mean_auroc(torch.from_numpy(x), targets) for x in each]
             console.print(f"group {group}: {name} {n or 'all'} {scope}: {100 * np.mean(scores):.1f}")
-        np.savez_compressed(
-            RESULTS / f"group{group}-seed{seed}.npz", **found, labels=targets.numpy(), patients=patients
-        )
-        metapt.save_json(RESULTS / f"group{group}-seed{seed}.json", facts)
+        np.savez_compressed(f"{path}.npz", **found, labels=targets.numpy(), patients=patients)
+        metapt.save_json(Path(f"{path}.json"), facts)
 
     made = make(data, group, seed)
     targets = made.targets("test", torch.arange(made.sizes["test"])).cpu()
     patients = made.records.patient[made.rows["test"]].cpu().numpy()
     torch.manual_seed(seed)
-    networks = {"none": made.network()} | {name: trained(False, **given)[1].network for name, given in FIXED.items()}
-    runs = {}
+    networks, runs = {"none": made.network()} if scale is None else {}, {}
+    fixed, learned = (FIXED, LEARNED) if scale is None else ({f"s = {scale:g}": {"init_scale": scale}}, {})
+    networks |= {name: trained(False, **given)[1].network for name, given in fixed.items()}
     for n in SETS:
         made = make(data, group, seed, ft_records=n)
         for name, network in networks.items():
             note(made, network, name, n)
-        for name, given in LEARNED.items():
+        for name, given in learned.items():
             # Sets are nested: half of the one of 100 is the one of 50, and the run is the same.
             same = n // 2 if name == "half" and n // 2 in runs else None
             of, best = runs[same] if same else trained(True, ft_records=n, **given)
@@ -113,12 +116,16 @@ def report():
     Seeds of PT that all groups have are averaged, within each draw of patients too: the interval leaves out what another
     seed would have given, which is shown beside it, seed by seed.
     """
-    names = [[RESULTS / f"group{g}-seed{seed}" for g in range(len(GROUPS))] for seed in range(10)]
-    found = {seed: of for seed, of in enumerate(names) if all(name.with_suffix(".json").exists() for name in of)}
-    files = {seed: [np.load(name.with_suffix(".npz")) for name in of] for seed, of in found.items()}
-    last = f"half {SETS[-1]} head"
-    files = {seed: of for seed, of in files.items() if all(last in file for file in of)}  # others are not done yet
+    files = {}
+    for seed in range(10):
+        paths = [sorted(RESULTS.glob(f"group{g}-seed{seed}*.npz")) for g in range(len(GROUPS))]  # with those of --scale
+        of = [{key: array for path in group for key, array in np.load(path).items()} for group in paths]
+        if all(f"half {SETS[-1]} head" in found for found in of):  # others are not done yet
+            files[seed] = of
     first = files[min(files)]
+    extra = {key.split(" 50 ")[0] for key in first[0] if key.startswith("s = ")}
+    extra = sorted(name for name in extra if all(f"{name} {SETS[-1]} head" in f for of in files.values() for f in of))
+    names = NAMES | {name: f"SimCLR and the warp at {name}" for name in extra}
     labels = np.concatenate([f["labels"] for f in first])
     patients = np.concatenate([f["patients"] for f in first])
     random, each = np.random.default_rng(0), [np.flatnonzero(patients == p) for p in np.unique(patients)]
@@ -139,7 +146,7 @@ def report():
         for n in SETS:
             base, by_draw = scored(f"initial {n} {scope}")
             plain, plain_by_draw = scored(f"simclr {n} {scope}")
-            for name in NAMES:
+            for name in names:
                 score, drawn = scored(f"{name} {n} {scope}")
                 row = {"scope": scope, "n": n, "method": name, "mean": score.mean(), "by_seed": score.tolist(),
                        "interval": interval(drawn)}  # fmt: skip
@@ -147,13 +154,15 @@ def report():
                 row |= {"to_initial_interval": interval(drawn - by_draw)}
                 row |= {"to_simclr": (score - plain).mean(), "to_simclr_interval": interval(drawn - plain_by_draw)}
                 rows.append(row)
-    facts = [json.loads(name.with_suffix(".json").read_text()) for seed in files for name in found[seed]]
+    facts = [
+        json.loads((RESULTS / f"group{g}-seed{seed}.json").read_text()) for seed in files for g in range(len(GROUPS))
+    ]
     metapt.save_json(
         HERE / "results" / "ecg.json", {"patients": len(each), "records": len(labels), "rows": rows, "runs": facts}
     )
     for scope, what in (("all", "the whole network moves"), ("head", "a linear head")):
         cells = []
-        for name, label in NAMES.items():
+        for name, label in names.items():
             of = [row for row in rows if row["scope"] == scope and row["method"] == name]
             cells.append(
                 [
@@ -171,7 +180,7 @@ def report():
             f"PT: {', '.join(map(str, files))}); FT: {what}"
         )
         metapt.show_table(console, title, ["", *(str(n or "all") for n in SETS)], cells)
-    draw(rows, len(labels))
+    draw(rows, names, len(labels))
 
 
 def interval(drawn: np.ndarray) -> list[float]:
@@ -182,12 +191,12 @@ def text(mean: float, between: list[float]) -> str:
     return f"{100 * mean:+.1f}, {100 * between[0]:+.1f} … {100 * between[1]:+.1f}"
 
 
-def draw(rows: list[dict], records: int) -> None:
+def draw(rows: list[dict], names: dict[str, str], records: int) -> None:
     with metapt.figure(HERE / "figures" / "ecg-auroc.png", panels=2) as axes:
         for axis, (scope, what) in zip(
             axes, (("all", "FT of the whole network"), ("head", "FT of a head")), strict=True
         ):
-            for i, (name, label) in enumerate(NAMES.items()):
+            for i, (name, label) in enumerate(names.items()):
                 of = [row for row in rows if row["scope"] == scope and row["method"] == name]
                 x = np.array([row["n"] or 2 * records / 3 for row in of]) * 1.03 ** (i - 2)
                 y = np.array([row["mean"] for row in of])

@@ -33,11 +33,14 @@ def study(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_report_pools_groups_and_pairs_methods(study):
+def reported(study):
     ecg.report()
-    rows = {
-        (r["method"], r["scope"], r["n"]): r for r in json.loads((study / "results" / "ecg.json").read_text())["rows"]
-    }
+    rows = json.loads((study / "results" / "ecg.json").read_text())["rows"]
+    return {(row["method"], row["scope"], row["n"]): row for row in rows}
+
+
+def test_report_pools_groups_and_pairs_methods(study):
+    rows = reported(study)
     assert len(rows) == 5 * 4 * 2
     learned, half, initial, none, simclr = (
         rows[name, "all", 50] for name in ("learned", "half", "initial", "none", "simclr")
@@ -51,9 +54,20 @@ def test_report_pools_groups_and_pairs_methods(study):
     assert none["interval"][0] < 0.5 < none["interval"][1]
     assert initial["interval"][0] < initial["mean"] < initial["interval"][1]
     assert len(initial["by_seed"]) == 2
-    (study / "results" / "ecg" / "group2-seed1.json").unlink()  # a seed that is not complete is left out
-    ecg.report()
-    assert len(json.loads((study / "results" / "ecg.json").read_text())["rows"][0]["by_seed"]) == 1
+    (study / "results" / "ecg" / "group2-seed1.npz").unlink()  # a seed that is not complete is left out
+    assert len(reported(study)["none", "all", 50]["by_seed"]) == 1
+
+
+def test_a_warp_of_fixed_strength_is_a_method_more_where_all_have_it(study):
+    paths = [study / "results" / "ecg" / f"group{group}-seed{seed}" for group in range(3) for seed in (0, 1)]
+    for path in paths:
+        if path == paths[-1]:
+            assert len(reported(study)) == 5 * 4 * 2
+        of = {key.replace("initial", "s = 1.5"): x for key, x in np.load(f"{path}.npz").items() if "initial" in key}
+        np.savez(f"{path}-s1.5.npz", **of)
+    rows = reported(study)
+    assert len(rows) == 6 * 4 * 2
+    assert rows["s = 1.5", "head", 0]["mean"] == rows["initial", "head", 0]["mean"]
 
 
 @pytest.mark.parametrize("training", [True, False])
