@@ -48,8 +48,9 @@ class _Saved:
 def peak(work, data: bool = False) -> int:
     """The most bytes that are saved for backward at one time while `work()` runs.
 
-    Parameters are not counted. What needs no gradient is not either, unless `data`: an input saved for the gradient of
-    a weight, which counts where the input itself has a gradient.
+    Leaves are not counted: parameters, and data. With `data` those without a gradient are: an input of the network is
+    saved for the gradient of its first weights, and would be counted if it had a gradient itself; but so are the
+    moved copies of parameters in passes that do not differentiate by them.
     """
     books, most = {}, 0
 

@@ -71,6 +71,9 @@ def study(
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = f"{RESULTS}/group{group}-seed{seed}{'' if scale is None else f'-s{scale:g}'}"
     found, facts = {}, {"torch": torch.__version__, "steps": steps, "seed": seed, "group": GROUPS[group], "phi": {}}
+    facts["settings"] = metapt.dataclasses.asdict(make(data, group, seed, steps=steps).settings) | {
+        "ft_seeds": FT_SEEDS
+    }
 
     def trained(learn, **given):
         made, begun = make(data, group, seed, steps=steps, **given), time.perf_counter()
@@ -100,10 +103,9 @@ def study(
             note(made, network, name, n)
         for name, given in learned.items():
             # Sets are nested: half of the one of 100 is the one of 50, and the run is the same.
-            same = n // 2 if name == "half" and n // 2 in runs else None
-            of, best = runs[same] if same else trained(True, ft_records=n, **given)
-            if name == "learned":
-                runs[n] = of, best
+            same = name == "half" and n > SETS[0]
+            of, best = runs[n // 2] if same else trained(True, ft_records=n, **given)
+            runs |= {n: (of, best)} if name == "learned" else {}
             phi = best.learned()
             facts["phi"][f"{name} {n}"] = {**of.measure(phi), **of.facts(phi), "skipped": best.skipped}
             note(made, best.network, name, n)
@@ -118,10 +120,17 @@ def report():
     """
     files = {}
     for seed in range(10):
-        paths = [sorted(RESULTS.glob(f"group{g}-seed{seed}*.npz")) for g in range(len(GROUPS))]  # with those of --scale
+        stems = [f"group{g}-seed{seed}" for g in range(len(GROUPS))]
+        paths = [[*RESULTS.glob(f"{stem}.npz"), *RESULTS.glob(f"{stem}-s*.npz")] for stem in stems]  # those of --scale
         of = [{key: array for path in group for key, array in np.load(path).items()} for group in paths]
         if all(f"half {SETS[-1]} head" in found for found in of):  # others are not done yet
             files[seed] = of
+    facts = [
+        json.loads((RESULTS / f"group{g}-seed{seed}.json").read_text()) for seed in files for g in range(len(GROUPS))
+    ]
+    settings = [{**fact["settings"], "seed": None, "test_folds": None} for fact in facts]
+    if any(given != settings[0] for given in settings):
+        raise SystemExit(f"{RESULTS} holds runs of different settings: remove those that shall not be averaged")
     first = files[min(files)]
     extra = {key.split(" 50 ")[0] for key in first[0] if key.startswith("s = ")}
     extra = sorted(name for name in extra if all(f"{name} {SETS[-1]} head" in f for of in files.values() for f in of))
@@ -154,9 +163,6 @@ def report():
                 row |= {"to_initial_interval": interval(drawn - by_draw)}
                 row |= {"to_simclr": (score - plain).mean(), "to_simclr_interval": interval(drawn - plain_by_draw)}
                 rows.append(row)
-    facts = [
-        json.loads((RESULTS / f"group{g}-seed{seed}.json").read_text()) for seed in files for g in range(len(GROUPS))
-    ]
     metapt.save_json(
         HERE / "results" / "ecg.json", {"patients": len(each), "records": len(labels), "rows": rows, "runs": facts}
     )
@@ -214,8 +220,9 @@ def draw(rows: list[dict], names: dict[str, str], records: int) -> None:
 
 
 # The published procedure, written anew for this comparison: convolutions are nn.Conv1d's, views are made sample by sample in
-# numpy in the loader, the warp has five squarings and a pass of its network a view, `higher` unrolls the head, Neumann runs on a double backward
-# with a second forward pass for the mixed product.
+# numpy in the loader (no workers), the warp has five squarings and a pass of its network a view, `higher` unrolls the head,
+# Neumann and the mixed product share one double-backward graph. Three passes of the published code have no effect: L_FT
+# and L_V run the encoder a second time, times 0, and so does L_PT in the meta step with one view. `lean` leaves them out.
 
 
 class PlainViews(torch.utils.data.Dataset):
@@ -241,10 +248,10 @@ class PlainViews(torch.utils.data.Dataset):
 
 
 class Published:
-    def __init__(self, domain: metapt.ECG, workers: int):
+    def __init__(self, domain: metapt.ECG, lean: bool):
         import higher
 
-        self.higher, self.domain, self.settings = higher, domain, domain.settings
+        self.higher, self.domain, self.settings, self.lean = higher, domain, domain.settings, lean
         torch.manual_seed(0)
         self.network, self.head, self.warp = domain.network(), domain.head(), PlainWarp(domain.meta().warp)
         self.network.encoder = PlainResNet18(self.network.encoder)
@@ -252,30 +259,36 @@ class Published:
         self.head_optimizer = torch.optim.Adam(self.head.parameters(), lr=self.settings.finetune_lr)
         self.phi_optimizer = torch.optim.Adam(self.warp.parameters(), lr=self.settings.meta_lr)
         signals = domain.inputs("pretrain", torch.arange(domain.sizes["pretrain"])).cpu().numpy()
-        many = np.tile(signals, (20, 1, 1))  # so that no epoch ends within what is timed
-        self.loader = torch.utils.data.DataLoader(
-            PlainViews(many), self.settings.batch_size, shuffle=True, drop_last=True, num_workers=workers
-        )
+        sampler = torch.utils.data.RandomSampler(signals, replacement=True, num_samples=10**6)  # it does not end
+        self.loader = torch.utils.data.DataLoader(PlainViews(signals), self.settings.batch_size, sampler=sampler)
         self.batches = iter(self.loader)
         self.streams = {
             part: metapt.Stream(domain.sizes[part], self.settings.finetune_batch_size, domain.device)
             for part in ("finetune", "validation")
         }
 
+    def views(self):
+        views = [view.to(self.domain.device) for view in next(self.batches)]
+        return [self.warp(view, self.warp.magnitudes(view)) for view in views]
+
     def pretrain_loss(self, views):
-        views = [view.to(self.domain.device) for view in views]
-        a, b = (self.network.train()(self.warp(view, self.warp.magnitudes(view))) for view in views)
+        a, b = (self.network.train()(view) for view in views)
         return metapt.nt_xent(a, b, self.settings.temperature)
 
     def finetune_loss(self, head, part):
         index = self.streams[part].next()
-        hidden = self.network.eval()(self.domain.inputs(part, index), features=True)
-        return F.binary_cross_entropy_with_logits(head(hidden), self.domain.targets(part, index))
+        inputs = self.domain.inputs(part, index)
+        outputs = head(self.network.eval()(inputs, features=True))
+        loss = F.binary_cross_entropy_with_logits(outputs, self.domain.targets(part, index))
+        return loss if self.lean else loss + 0 * self.network(inputs).sum()
 
     def pretrain_step(self, _=None):
         self.optimizer.zero_grad()
-        self.pretrain_loss(next(self.batches)).backward()
+        self.pretrain_loss(self.views()).backward()
         self.optimizer.step()
+        self.head_step()
+
+    def head_step(self, _=None):
         self.head_optimizer.zero_grad()
         self.finetune_loss(self.head, "finetune").backward()
         self.head_optimizer.step()
@@ -286,11 +299,13 @@ class Published:
             steps.step(self.finetune_loss(head, "finetune"))
             loss = self.finetune_loss(head, "validation")
             v = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        views = next(self.batches)
-        gradient = torch.autograd.grad(self.pretrain_loss(views), parameters, create_graph=True)
-        product = torch.autograd.grad(gradient, parameters, grad_outputs=v)
+        views = self.views()
+        loss = self.pretrain_loss(views)
+        if not self.lean:
+            loss = loss + 0 * loss * self.head(self.network(views[0], features=True)).sum()
+        gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+        product = torch.autograd.grad(gradient, parameters, grad_outputs=v, retain_graph=True)
         q = [alpha * (2 * a - alpha * h) for a, h in zip(v, product, strict=True)]
-        gradient = torch.autograd.grad(self.pretrain_loss(views), parameters, create_graph=True)
         phi = list(self.warp.parameters())
         found = torch.autograd.grad(gradient, phi, grad_outputs=[-a for a in q])
         for p, g in zip(phi, found, strict=True):
@@ -310,7 +325,7 @@ def draws(
     theta, phi = metapt._detached(learner.network), metapt._detached(learner.meta)
     ways = {"exact": metapt.Solver("identity")}
     ways |= {f"step {s:g}": metapt.Solver("identity", hvp="finite", step=s) for s in (0.005, 0.1, 0.3, 1.0)}
-    found = {name: [] for name in ways}
+    found, of_s = {name: [] for name in ways}, {name: [] for name in ways}
     for draw in range(number):
         at = {name: learner.streams[name].next() for name in ("meta", "finetune", "validation")}
         for name, solver in ways.items():
@@ -321,16 +336,19 @@ def draws(
                 theta, learner.psi, phi, unroll=made.settings.unroll, solver=solver, ft_state=learner.ft_state,
             )  # fmt: skip
             found[name].append(metapt._flat(result.phi))
+            of_s[name].append(result.phi["warp.scale"].item())
     exact, half, rows = torch.stack(found["exact"]).mean(0), number // 2, []
     for name, each in found.items():
         each = torch.stack(each)
         first, second, mean = each[:half].mean(0), each[half:].mean(0), each.mean(0)
         rows.append({"products": name, "halves": F.cosine_similarity(first, second, dim=0).item(),
-                     "to_exact": F.cosine_similarity(mean, exact, dim=0).item()})  # fmt: skip
+                     "to_exact": F.cosine_similarity(mean, exact, dim=0).item(),
+                     "s_mean": np.mean(of_s[name]), "s_deviation": np.std(of_s[name], ddof=1)})  # fmt: skip
     metapt.save_json(HERE / "results" / "ecg-draws.json", {"draws": number, "steps": steps, "rows": rows})
-    cells = [[row["products"], f"{row['halves']:.2f}", f"{row['to_exact']:.2f}"] for row in rows]
-    title = f"Cosine of mean hypergradients over {number} draws: one half to the other, all to exact's"
-    metapt.show_table(console, title, ["", "halves", "to exact"], cells)
+    cells = [[row["products"], f"{row['halves']:.2f}", f"{row['to_exact']:.2f}",
+              f"{row['s_mean']:.3f}, {row['s_deviation']:.3f}"] for row in rows]  # fmt: skip
+    title = f"Cosine of mean hypergradients over {number} draws: one half to the other, all to exact's; dL_V/ds"
+    metapt.show_table(console, title, ["", "halves", "to exact", "dL_V/ds: mean, s.d. of a draw"], cells)
 
 
 @app.command()
@@ -341,17 +359,16 @@ def speed(
     device: Annotated[
         str, typer.Option(help="cpu or cuda; both sides run there, the published one's loader on the CPU")
     ] = "cpu",
-    workers: Annotated[int, typer.Option(help="Processes of the published loader; 0: it works in between")] = 0,
     data: DATA = Path("data"),
 ):
     """A PT step and a meta step, ours and as published, in turn in one run: seconds (median), FLOPs, bytes saved."""
     sizes = {"width": width, "batch_size": batch, "meta_batch_size": batch, "finetune_batch_size": batch,
              "validation_batch_size": batch, "warmup": 0}  # fmt: skip
     domain = metapt.make_domain("ecg", metapt.settings_of("ecg", sizes), metapt.pick_device(device), data)
-    alone = metapt.replace(domain.settings, share_pass=False)  # a meta step that is no PT step, too
-    learners = {"ours": metapt.Learner(domain, domain.settings), "published": Published(domain, workers)}
-    works = {(who, what): getattr(of, what) for who, of in learners.items() for what in ("pretrain_step", "meta_step")}
-    works["ours", "meta_step alone"] = metapt.Learner(domain, alone).meta_step
+    learners = {"ours": metapt.Learner(domain, domain.settings), "published": Published(domain, False),
+                "published, lean": Published(domain, True)}  # fmt: skip
+    works = {(who, what): getattr(of, what) for who, of in learners.items()
+             for what in ("pretrain_step", "meta_step", "head_step") if hasattr(of, what)}  # fmt: skip
     for work in works.values():
         work(1.0)  # the first estimates alpha, and builds what later ones reuse
     taken = {key: [] for key in works}
@@ -371,21 +388,22 @@ def speed(
                      "bytes": counting.peak(lambda work=work: work(1.0)),
                      "bytes_and_data": counting.peak(lambda work=work: work(1.0), data=True)})  # fmt: skip
     of = {(row["who"], row["what"]): row for row in rows}
-    own, base = of["ours", "pretrain_step"], of["published", "pretrain_step"]
     for row in rows:
-        first = own if row["who"] == "ours" else base
+        first = of[row["who"], "pretrain_step"]
         row |= {f"{name}_in_own_pt_steps": row[name] / first[name] for name in KINDS}
-    # A round: P PT steps and a meta step. With --share-pass the meta step's passes give one of the P.
-    rounds = {"ours": 9 * own["seconds"] + of["ours", "meta_step"]["seconds"],
-              "published": 10 * base["seconds"] + of["published", "meta_step"]["seconds"]}  # fmt: skip
-    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device, **sizes, "rows": rows,
-              "round_seconds": rounds, "round_ratio": rounds["published"] / rounds["ours"]}  # fmt: skip
+    # A round of P = 10. Each PT step has a step of the head beside it, but for the published one before the meta step.
+    rounds = {who: 10 * of[who, "pretrain_step"]["seconds"] + of[who, "meta_step"]["seconds"]
+              - (of[who, "head_step"]["seconds"] if who != "ours" else 0) for who in learners}  # fmt: skip
+    name = torch.cuda.get_device_name(domain.device) if domain.device.type == "cuda" else "cpu"
+    result = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": name, **sizes, "rows": rows,
+              "round_seconds": rounds, "round_ratios": {who: t / rounds["ours"] for who, t in rounds.items()}}  # fmt: skip
     metapt.save_json(HERE / "results" / f"ecg-speed-{width}{'' if device == 'cpu' else '-' + device}.json", result)
     cells = [[f"{row['who']}, {row['what'].replace('_', ' ')}", f"{row['seconds']:.3f}", *(
         f"{row[f'{name}_in_own_pt_steps']:.2f}" for name in KINDS)] for row in rows]  # fmt: skip
     head = ["", "seconds", "time / own PT step", "FLOPs / …", "bytes / …", "with data / …"]
     metapt.show_table(console, "One step", head, cells)
-    console.print(f"a round of 10 PT steps and a meta step: published / ours = {result['round_ratio']:.2f}")
+    ratios = ", ".join(f"{who} {ratio:.2f}" for who, ratio in result["round_ratios"].items())
+    console.print(f"a round of 10 PT steps and a meta step, relative to ours: {ratios}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class PlainWarp(metapt.WarpAugmentation):
 
     def __init__(self, warp: metapt.WarpAugmentation):
         super().__init__(warp.layers[0][0].in_channels, 1.0)
-        self.load_state_dict(warp.state_dict())
+        self.to(warp.scale).load_state_dict(warp.state_dict())  # of its dtype and on its device
         self.layers = plain(self.layers)
 
     def magnitudes(self, signals: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import metapt
-from bench import ecg
+from bench import counting, ecg
 from bench.plain_resnet import PlainResNet18, PlainWarp
 
 
@@ -29,7 +29,7 @@ def study(tmp_path, monkeypatch):
         for seed in (0, 1):
             path = tmp_path / "results" / "ecg" / f"group{group}-seed{seed}"
             np.savez(path.with_suffix(".npz"), labels=labels, patients=np.arange(40) // 2 + 100 * group, **found)
-            path.with_suffix(".json").write_text(json.dumps({"group": group}))
+            path.with_suffix(".json").write_text(json.dumps({"settings": {"seed": seed, "steps": 150}}))
     return tmp_path
 
 
@@ -54,6 +54,10 @@ def test_report_pools_groups_and_pairs_methods(study):
     assert none["interval"][0] < 0.5 < none["interval"][1]
     assert initial["interval"][0] < initial["mean"] < initial["interval"][1]
     assert len(initial["by_seed"]) == 2
+    other = study / "results" / "ecg" / "group1-seed1.json"
+    other.write_text(json.dumps({"settings": {"seed": 1, "steps": 50}}))
+    with pytest.raises(SystemExit, match="different settings"):
+        ecg.report()
     (study / "results" / "ecg" / "group2-seed1.npz").unlink()  # a seed that is not complete is left out
     assert len(reported(study)["none", "all", 50]["by_seed"]) == 1
 
@@ -88,10 +92,16 @@ def test_the_published_encoder_is_the_same_function(training):
 def test_the_published_warp_is_the_same_function():
     torch.manual_seed(0)
     ours, x = metapt.WarpAugmentation(12, 0.7).double(), torch.randn(3, 12, 1000, dtype=torch.float64)
-    plain = PlainWarp(ours).double()
+    plain = PlainWarp(ours)
     torch.testing.assert_close(ours.magnitudes(x), plain.magnitudes(x))
     views = []
     for warp in (ours, plain):
         torch.manual_seed(1)
         views.append(warp(x, warp.magnitudes(x)))
     torch.testing.assert_close(*views)
+
+
+def test_inputs_count_as_saved_where_that_is_asked_for():
+    layer, x = torch.nn.Linear(10, 3), torch.randn(100, 10)
+    assert counting.peak(lambda: layer(x).sum().backward()) == 0
+    assert counting.peak(lambda: layer(x).sum().backward(), data=True) == x.numel() * 4

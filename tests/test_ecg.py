@@ -874,7 +874,7 @@ def test_pretraining_with_masks_and_noise_alone_and_at_learned_phi(runs):
         ({"ft_records": 3}, "ft-records"), ({"ft_records": 5000}, "ft-records"),
         ({"augment": "all"}, "augment"), ({"temperature": 0}, "temperature"), ({"scale_lr": -1}, "scale-lr"),
         ({"init_scale": "nan"}, "init-scale"), ({"compare_scope": "body"}, "compare-scope"), ({"noise": 0.5}, "noise"),
-        ({"finetune_hvp": "complex"}, "Unroll.hvp"), ({"share_pass": True, "meta_every": 1}, "meta-every"),
+        ({"finetune_hvp": "complex"}, "finetune-hvp"), ({"share_pass": True, "meta_every": 1}, "meta-every"),
     ],
 )  # fmt: skip
 def test_bad_options_are_refused(home, given, message):
@@ -906,8 +906,11 @@ def test_a_meta_step_costs_what_the_readme_says(home, share_pass):
     learner.pretrain_step(1.0)
     plain = [count(lambda: learner.pretrain_step(1.0)) for count in (counting.flops, counting.peak)]
     meta = [count(lambda: learner.meta_step(1.0)) for count in (counting.flops, counting.peak)]
-    assert meta[0] / plain[0] <= 2.5 + share_pass / 3  # by θ, too: a third of a PT step, and PT's next is saved
+    assert meta[0] / plain[0] <= (2.7 if share_pass else 2.1)  # README: 2.04; 2.61 with a gradient by θ as well
     assert meta[1] / plain[1] <= 1.1
+    assert all(
+        p.grad.is_contiguous() for p in learner.network.parameters() if p.grad is not None
+    )  # as fused Adam reads it
     views = counting.peak(
         lambda: sum(v.sum() for v in learner.meta(domain.inputs("pretrain", torch.arange(8)))).backward()
     )

@@ -1414,6 +1414,20 @@ def test_finite_saves_no_more_than_an_ordinary_step_and_exact_does(method, terms
     assert hypergradient_peak(problem, unroll=unroll, solver=Solver(**solver, hvp="exact")) > 1.5 * ordinary
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_an_exact_unroll_of_the_head_costs_a_pass_a_step_and_keeps_each(steps):
+    problem, seen = wide_network(), []
+    loss = problem.finetune_loss
+    counted = changed(problem, finetune_loss=lambda theta, psi: (seen.append(1), loss(theta, psi))[1])
+    one = hypergradient_peak(problem, unroll=Unroll(0), solver=Solver("identity", hvp="finite"))
+    for hvp, passes, kept in (("exact", 1, steps + 1), ("finite", 3, 1)):
+        options = {"unroll": Unroll(steps, 0.01, hvp=hvp), "solver": Solver("identity", hvp="finite")}
+        assert hypergradient_peak(problem, **options) == pytest.approx(kept * one, rel=0.15)
+        seen.clear()
+        run(counted, **options)
+        assert len(seen) == passes * steps
+
+
 @pytest.mark.parametrize("method, warm", [*((method, False) for method in METHODS), ("cg", True), ("neumann", True)])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_finite_never_builds_a_second_order_graph(method, optimizer, warm, monkeypatch):
