@@ -2537,11 +2537,11 @@ class ECG(Domain):
     metric = "mean AUROC"
     presets: ClassVar = {
         "default": {
-            **PUBLISHED, "width": 8, "steps": 150, "warmup": 20, "batch_size": 128, "meta_batch_size": 128,
+            **PUBLISHED, "width": 8, "steps": 150, "warmup": 40, "batch_size": 128, "meta_batch_size": 128,
             "finetune_batch_size": 128, "validation_batch_size": 128, "lr": 3e-3, "meta_lr": 3e-3, "compare": 2,
             # Hypergradients scatter by more than their mean (bench/ecg.py draws): with a few of them, or a head that FT
             # leaves as it was at the start, s goes anywhere.
-            "meta_every": 2, "finetune_lr": 1e-2, "scale_lr": 0.1,
+            "meta_every": 2, "finetune_lr": 1e-2, "scale_lr": 3e-2,
             # Differences step over thousands of ReLUs' kinks here: a long step averages over them. See bench/ecg.py draws.
             "solver": "identity", "alpha": None, "hvp": "finite", "hvp_step": 0.3, "finetune_hvp": "exact",
         },

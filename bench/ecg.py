@@ -325,7 +325,7 @@ def draws(
     theta, phi = metapt._detached(learner.network), metapt._detached(learner.meta)
     ways = {"exact": metapt.Solver("identity")}
     ways |= {f"step {s:g}": metapt.Solver("identity", hvp="finite", step=s) for s in (0.005, 0.1, 0.3, 1.0)}
-    found, of_s = {name: [] for name in ways}, {name: [] for name in ways}
+    found, of_s, of_pt = ({name: [] for name in ways} for _ in range(3))
     for draw in range(number):
         at = {name: learner.streams[name].next() for name in ("meta", "finetune", "validation")}
         for name, solver in ways.items():
@@ -334,21 +334,26 @@ def draws(
                 made.pretrain_loss(learner.network, learner.meta, at["meta"], 1.0),
                 *(made.finetune_loss(learner.network, learner.head, part, at[part]) for part in ("finetune", "validation")),
                 theta, learner.psi, phi, unroll=made.settings.unroll, solver=solver, ft_state=learner.ft_state,
+                want_pt_gradient=True,
             )  # fmt: skip
             found[name].append(metapt._flat(result.phi))
             of_s[name].append(result.phi["warp.scale"].item())
+            of_pt[name].append(metapt._flat(result.pt_gradient))
     exact, half, rows = torch.stack(found["exact"]).mean(0), number // 2, []
     for name, each in found.items():
         each = torch.stack(each)
         first, second, mean = each[:half].mean(0), each[half:].mean(0), each.mean(0)
         rows.append({"products": name, "halves": F.cosine_similarity(first, second, dim=0).item(),
                      "to_exact": F.cosine_similarity(mean, exact, dim=0).item(),
-                     "s_mean": np.mean(of_s[name]), "s_deviation": np.std(of_s[name], ddof=1)})  # fmt: skip
+                     "s_mean": np.mean(of_s[name]), "s_deviation": np.std(of_s[name], ddof=1),
+                     "pt_gradient": F.cosine_similarity(torch.stack(of_pt[name]), torch.stack(of_pt["exact"])).mean().item()})  # fmt: skip
     metapt.save_json(HERE / "results" / "ecg-draws.json", {"draws": number, "steps": steps, "rows": rows})
     cells = [[row["products"], f"{row['halves']:.2f}", f"{row['to_exact']:.2f}",
-              f"{row['s_mean']:.3f}, {row['s_deviation']:.3f}"] for row in rows]  # fmt: skip
+              f"{row['s_mean']:.3f}, {row['s_deviation']:.3f}", f"{row['pt_gradient']:.2f}"] for row in rows]  # fmt: skip
     title = f"Cosine of mean hypergradients over {number} draws: one half to the other, all to exact's; dL_V/ds"
-    metapt.show_table(console, title, ["", "halves", "to exact", "dL_V/ds: mean, s.d. of a draw"], cells)
+    metapt.show_table(
+        console, title, ["", "halves", "to exact", "dL_V/ds: mean, s.d. of a draw", "∇L_PT to exact's"], cells
+    )
 
 
 @app.command()
