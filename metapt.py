@@ -195,7 +195,7 @@ def hypergradient(
         preconditioner: r → M⁻¹r on dicts keyed as theta, M symmetric positive definite; for "cg".
         want_pt_gradient: whether the passes shall bring ∇_θ L_PT along where they would not by themselves ("identity"
             with `hvp="finite"`): for a third of a PT step more they then save PT's next. It is the mean of the two ends: with a long `step`
-            across kinks it is another gradient (a cosine of 0.7 to 0.8 in the ECG domain at 0.3).
+            across kinks it is another gradient (a cosine of 0.9 in the ECG domain at 0.3, see bench/ecg.py draws).
 
     Returns:
         Hypergradient, every tensor with the shape, dtype and device of the parameter that it belongs to.
@@ -2539,8 +2539,7 @@ class ECG(Domain):
         "default": {
             **PUBLISHED, "width": 8, "steps": 150, "warmup": 40, "batch_size": 128, "meta_batch_size": 128,
             "finetune_batch_size": 128, "validation_batch_size": 128, "lr": 3e-3, "meta_lr": 3e-3, "compare": 2,
-            # Hypergradients scatter by more than their mean (bench/ecg.py draws): with a few of them, or a head that FT
-            # leaves as it was at the start, s goes anywhere.
+            # Hypergradients of s scatter by many times their mean (bench/ecg.py draws): many meta steps, and small ones.
             "meta_every": 2, "finetune_lr": 1e-2, "scale_lr": 3e-2,
             # Differences step over thousands of ReLUs' kinks here: a long step averages over them. See bench/ecg.py draws.
             "solver": "identity", "alpha": None, "hvp": "finite", "hvp_step": 0.3, "finetune_hvp": "exact",
