@@ -1,7 +1,9 @@
 """The figures that README.md states of the ECG domain, made anew.
 
     python -m bench.ecg study --group 0     all methods on one of three groups of folds (data/ecg/prepared must be there)
+    python -m bench.ecg study --scale 1.5   the same of the warp at a fixed s alone
     python -m bench.ecg report              table and figure of all groups that there are
+    python -m bench.ecg draws               how far hypergradients at one θ agree from draw to draw
     python -m bench.ecg speed               a PT step, a meta step and their bytes beside the published procedure's
 
 Each writes what it found under bench/results as it goes. Test predictions of the groups are pooled: one test fold of the
@@ -62,9 +64,7 @@ def study(
     group: Annotated[int, typer.Option(help="Which folds are the test set: 0, 1 or 2")] = 0,
     seed: Annotated[int, typer.Option(help="Of everything")] = 0,
     steps: Annotated[int, typer.Option(help="PT steps of each run")] = 150,
-    scale: Annotated[
-        float | None, typer.Option(help="Instead of all these: the warp fixed at this s, others aside")
-    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Instead of all these methods: the warp fixed at this s")] = None,
     data: DATA = Path("data"),
 ):
     """No PT, SimCLR, SimCLR with a warp, φ learned, φ learned from half: by FT-set size, whole network and head alone."""
@@ -118,21 +118,19 @@ def report():
     Seeds of PT that all groups have are averaged, within each draw of patients too: the interval leaves out what another
     seed would have given, which is shown beside it, seed by seed.
     """
-    files = {}
+    files, facts = {}, []
     for seed in range(10):
         stems = [f"group{g}-seed{seed}" for g in range(len(GROUPS))]
         paths = [[*RESULTS.glob(f"{stem}.npz"), *RESULTS.glob(f"{stem}-s*.npz")] for stem in stems]  # those of --scale
         of = [{key: array for path in group for key, array in np.load(path).items()} for group in paths]
         if all(f"half {SETS[-1]} head" in found for found in of):  # others are not done yet
             files[seed] = of
-    facts = [
-        json.loads((RESULTS / f"group{g}-seed{seed}.json").read_text()) for seed in files for g in range(len(GROUPS))
-    ]
-    settings = [{**fact["settings"], "seed": None, "test_folds": None} for fact in facts]
-    if any(given != settings[0] for given in settings):
-        raise SystemExit(f"{RESULTS} holds runs of different settings: remove those that shall not be averaged")
+            facts += [json.loads(Path(f"{str(path)[:-4]}.json").read_text()) for group in paths for path in group]
+    settings = [{**fact.get("settings", {}), "seed": None, "test_folds": None} for fact in facts]
+    if not files or any(given != settings[0] for given in settings):
+        raise SystemExit(f"{RESULTS} holds no seed of all groups, or runs of different settings, which no mean is of")
     first = files[min(files)]
-    extra = {key.split(" 50 ")[0] for key in first[0] if key.startswith("s = ")}
+    extra = {key.rsplit(" ", 2)[0] for key in first[0] if key.startswith("s = ")}
     extra = sorted(name for name in extra if all(f"{name} {SETS[-1]} head" in f for of in files.values() for f in of))
     names = NAMES | {name: f"SimCLR and the warp at {name}" for name in extra}
     labels = np.concatenate([f["labels"] for f in first])
@@ -220,9 +218,10 @@ def draw(rows: list[dict], names: dict[str, str], records: int) -> None:
 
 
 # The published procedure, written anew for this comparison: convolutions are nn.Conv1d's, views are made sample by sample in
-# numpy in the loader (no workers), the warp has five squarings and a pass of its network a view, `higher` unrolls the head,
-# Neumann and the mixed product share one double-backward graph. Three passes of the published code have no effect: L_FT
-# and L_V run the encoder a second time, times 0, and so does L_PT in the meta step with one view. `lean` leaves them out.
+# numpy in the loader (no workers), the warp has a pass of its network a view, `higher` unrolls the head, Neumann and the
+# mixed product share one double-backward graph. Three passes of the published code are multiplied by 0: L_FT and L_V run the
+# encoder a second time, and so does L_PT in the meta step with one view. `lean` leaves them out; it still goes backward into
+# what is then thrown away, the encoder in steps of the head and φ in PT steps.
 
 
 class PlainViews(torch.utils.data.Dataset):
@@ -259,7 +258,7 @@ class Published:
         self.head_optimizer = torch.optim.Adam(self.head.parameters(), lr=self.settings.finetune_lr)
         self.phi_optimizer = torch.optim.Adam(self.warp.parameters(), lr=self.settings.meta_lr)
         signals = domain.inputs("pretrain", torch.arange(domain.sizes["pretrain"])).cpu().numpy()
-        sampler = torch.utils.data.RandomSampler(signals, replacement=True, num_samples=10**6)  # it does not end
+        sampler = torch.utils.data.RandomSampler(signals, replacement=True, num_samples=10**6)
         self.loader = torch.utils.data.DataLoader(PlainViews(signals), self.settings.batch_size, sampler=sampler)
         self.batches = iter(self.loader)
         self.streams = {
@@ -359,7 +358,7 @@ def draws(
 @app.command()
 def speed(
     width: Annotated[int, typer.Option(help="Of the encoder; 32 as published")] = 8,
-    batch: Annotated[int, typer.Option(help="Of PT, of FT and of the meta step; 256 as published")] = 128,
+    batch: Annotated[int, typer.Option(help="Of PT, of FT and of the meta step; 256 as published")] = 64,
     repeats: Annotated[int, typer.Option(help="Steps of each kind that are timed, in turn")] = 7,
     device: Annotated[
         str, typer.Option(help="cpu or cuda; both sides run there, the published one's loader on the CPU")
@@ -374,15 +373,16 @@ def speed(
                 "published, lean": Published(domain, True)}  # fmt: skip
     works = {(who, what): getattr(of, what) for who, of in learners.items()
              for what in ("pretrain_step", "meta_step", "head_step") if hasattr(of, what)}  # fmt: skip
+    wait = torch.cuda.synchronize if domain.device.type == "cuda" else lambda: None
     for work in works.values():
         work(1.0)  # the first estimates alpha, and builds what later ones reuse
     taken = {key: [] for key in works}
     for _ in range(repeats):
         for key, work in works.items():
+            wait()
             begun = time.perf_counter()
             work(1.0)
-            if domain.device.type == "cuda":
-                torch.cuda.synchronize()
+            wait()
             taken[key].append(time.perf_counter() - begun)
     plain = np.array(taken["ours", "pretrain_step"])
     rows = []

@@ -1,4 +1,4 @@
-"""The published ResNet-18 along time and the warp's network, of nn.Conv1d. Slower; `ResNet18` in metapt.py is tested to equal it."""
+"""`ResNet18` and the warp's network of nn.Conv1d, as the published code has its own. Slower; tested to equal those of metapt.py."""
 
 import copy
 

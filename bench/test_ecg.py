@@ -1,6 +1,7 @@
 """The statistics of the ECG study, on predictions whose scores are known; the published layers equal those of metapt.py."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -69,6 +70,7 @@ def test_a_warp_of_fixed_strength_is_a_method_more_where_all_have_it(study):
             assert len(reported(study)) == 5 * 4 * 2
         of = {key.replace("initial", "s = 1.5"): x for key, x in np.load(f"{path}.npz").items() if "initial" in key}
         np.savez(f"{path}-s1.5.npz", **of)
+        shutil.copy(f"{path}.json", f"{path}-s1.5.json")
     rows = reported(study)
     assert len(rows) == 6 * 4 * 2
     assert rows["s = 1.5", "head", 0]["mean"] == rows["initial", "head", 0]["mean"]
