@@ -143,9 +143,7 @@ class Hypergradient(NamedTuple):
     ft_state: dict  # the FT optimiser's state after K steps: hand it to the next call
     residual: float  # ‖Hq − v‖ / ‖v‖, or nan where the solver did not come by it
     alpha: float = math.nan  # the Neumann step size, given or estimated: hand it to the next call in `Solver`
-    pt_gradient: Params | None = (
-        None  # ∇_θ L_PT, which PT's next step can use (finite: mean of θ ± εq); None: not come by
-    )
+    pt_gradient: Params | None = None  # ∇_θ L_PT (finite: mean of θ ± εq), for PT's next step; None: not come by
 
 
 def hypergradient(
@@ -194,8 +192,9 @@ def hypergradient(
             fresh moments Adam's first step is lr·g/(|g| + ε), through which next to no gradient flows.
         preconditioner: r → M⁻¹r on dicts keyed as theta, M symmetric positive definite; for "cg".
         want_pt_gradient: whether the passes shall bring ∇_θ L_PT along where they would not by themselves ("identity"
-            with `hvp="finite"`): for a third of a PT step more they then save PT's next. It is the mean of the two ends: with a long `step`
-            across kinks it is another gradient (a cosine of 0.9 in the ECG domain at 0.3, see bench/ecg.py draws).
+            with `hvp="finite"`): for a third of a PT step more they then save PT's next. It is the mean of the two
+            ends: with a long `step` across kinks it is another gradient (a cosine of 0.9 in the ECG domain at 0.3, see
+            bench/ecg.py draws).
 
     Returns:
         Hypergradient, every tensor with the shape, dtype and device of the parameter that it belongs to.
@@ -659,13 +658,13 @@ class BadInput(Exception):
     """Something that the user gave cannot be used. The message is one line: what, and where."""
 
 
+class NotThere(BadInput):
+    """A server says that it has no such file."""
+
+
 def last_line(error: Exception) -> str:
     """Of its message: torch begins with what it did and ends with what was wrong."""
     return str(error).strip().splitlines()[-1].strip()[:160]
-
-
-class NotThere(BadInput):
-    """A server says that it has no such file."""
 
 
 class RotationMean(nn.Module):

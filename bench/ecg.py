@@ -10,6 +10,7 @@ Each writes what it found under bench/results as it goes. Test predictions of th
 500 records at hand decides nothing. Patients never cross folds.
 """
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -70,10 +71,9 @@ def study(
     """No PT, SimCLR, SimCLR with a warp, φ learned, φ learned from half: by FT-set size, whole network and head alone."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = f"{RESULTS}/group{group}-seed{seed}{'' if scale is None else f'-s{scale:g}'}"
+    made = make(data, group, seed, steps=steps)
     found, facts = {}, {"torch": torch.__version__, "steps": steps, "seed": seed, "group": GROUPS[group], "phi": {}}
-    facts["settings"] = metapt.dataclasses.asdict(make(data, group, seed, steps=steps).settings) | {
-        "ft_seeds": FT_SEEDS
-    }
+    facts["settings"] = {**dataclasses.asdict(made.settings), "ft_seeds": FT_SEEDS}
 
     def trained(learn, **given):
         made, begun = make(data, group, seed, steps=steps, **given), time.perf_counter()
@@ -90,7 +90,6 @@ def study(
         np.savez_compressed(f"{path}.npz", **found, labels=targets.numpy(), patients=patients)
         metapt.save_json(Path(f"{path}.json"), facts)
 
-    made = make(data, group, seed)
     targets = made.targets("test", torch.arange(made.sizes["test"])).cpu()
     patients = made.records.patient[made.rows["test"]].cpu().numpy()
     torch.manual_seed(seed)
@@ -105,7 +104,8 @@ def study(
             # Sets are nested: half of the one of 100 is the one of 50, and the run is the same.
             same = name == "half" and n > SETS[0]
             of, best = runs[n // 2] if same else trained(True, ft_records=n, **given)
-            runs |= {n: (of, best)} if name == "learned" else {}
+            if name == "learned":
+                runs[n] = of, best
             phi = best.learned()
             facts["phi"][f"{name} {n}"] = {**of.measure(phi), **of.facts(phi), "skipped": best.skipped}
             note(made, best.network, name, n)
@@ -125,7 +125,7 @@ def report():
         of = [{key: array for path in group for key, array in np.load(path).items()} for group in paths]
         if all(f"half {SETS[-1]} head" in found for found in of):  # others are not done yet
             files[seed] = of
-            facts += [json.loads(Path(f"{str(path)[:-4]}.json").read_text()) for group in paths for path in group]
+            facts += [json.loads(path.with_suffix(".json").read_text()) for group in paths for path in group]
     settings = [{**fact.get("settings", {}), "seed": None, "test_folds": None} for fact in facts]
     if not files or any(given != settings[0] for given in settings):
         raise SystemExit(f"{RESULTS} holds no seed of all groups, or runs of different settings, which no mean is of")
