@@ -1,14 +1,18 @@
-"""The figures that README.md states of the digits domains, made anew.
+"""The figures of the digits and MNIST domains, made anew.
 
-    python -m bench.digits rotation     φ from ten starts around the circle, and the same without each aid
+    python -m bench.digits rotation     where φ ends from 60° below the target, or from starts on both sides
+    python -m bench.digits anywhere     from ten starts around the circle with that preset, and without each of its aids
+    python -m bench.digits search       random search for the compute of a meta run
     python -m bench.digits noise        the weight of clean over the weight of noisy examples, by seed
+    python -m bench.digits ablation     what decay of φ's rate and averaging of φ are worth in digits-noise
     python -m bench.digits bytes        bytes saved for backward by one hypergradient, against one PT step
 
-Each writes what it found to bench/results/NAME.json as it goes; `rotation` also draws bench/figures/digits-rotation.png.
+Each writes what it found to bench/results/NAME.json as it goes; the first two also draw bench/figures/NAME.png.
 """
 
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -16,30 +20,23 @@ import numpy as np
 import rich.console
 import torch
 import typer
+from scipy import stats
 
 import metapt
 from bench.counting import peak
 
 HERE = Path(__file__).parent
-STARTS = [-180 + 36 * i for i in range(10)]
-# What each aid of the rotation preset is worth: the preset with that aid alone taken away.
-ABLATIONS = {
-    "full": {},
-    "one particle": {"particles": "1", "rounds": "1"},
-    "no noise on φ": {"kick_deg": 0.0},
-    "spread of 1° throughout": {"spread_deg": 1.0},
-    "no aid at all": {"particles": "1", "rounds": "1", "kick_deg": 0.0, "spread_deg": 1.0},
-    "aids without hypergradient": {"meta_lr": 1e-12},
-}
+warnings.filterwarnings("ignore", "‖Hq − v‖")
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = rich.console.Console()
+First = Annotated[int, typer.Option(help="The first seed; settings were chosen on 0 to 29, but of noise on 0 to 4")]
+Domain = Annotated[str, typer.Option(help="digits-… or mnist-…")]
 
 
-def learn(domain: str, given: dict) -> tuple[metapt.Domain, metapt.Training]:
-    metapt.one_thread(domain)
-    settings = metapt.settings_of(domain, given)
-    made = metapt.make_domain(domain, settings, metapt.pick_device("auto"), Path("data"))
-    return made, metapt.Training(made, settings, learn=True).run()
+def make(name: str, given: dict, preset: str = "default") -> metapt.Domain:
+    kind = metapt.find_domain(name)
+    torch.set_num_threads(kind.threads or torch.get_num_threads())
+    return kind(metapt.settings_of(kind, given, preset), metapt.pick_device("auto"), Path("data"))
 
 
 def keep(name: str, rows: list[dict]) -> None:
@@ -49,84 +46,180 @@ def keep(name: str, rows: list[dict]) -> None:
 
 @app.command()
 def rotation(
-    domain: Annotated[str, typer.Option(help="digits-rotation or mnist-rotation")] = "digits-rotation",
-    only: Annotated[str, typer.Option(help="Which ablations, by name, with commas between")] = ",".join(ABLATIONS),
-    seeds: Annotated[int, typer.Option(help="How often; seed s serves start i as 10·s + i")] = 1,
+    domain: Domain = "digits-rotation",
+    first: First = 30,
+    seeds: Annotated[int, typer.Option(help="How many")] = 10,
+    target: Annotated[float, typer.Option(help="--target-deg of the runs")] = 90.0,
+    starts: Annotated[str, typer.Option(help="From the target, in degrees; two: the runs are spread between")] = "-60",
 ):
-    """φ after a run from each of ten starts; the error is the distance to 90° on the circle."""
-    path, rows = HERE / "results" / f"{domain}.json", []
-    again = {(name, 10 * seed + i) for name in only.split(",") for seed in range(seeds) for i in range(len(STARTS))}
-    if path.exists():  # the rows of other ablations and seeds stay
-        rows = [row for row in json.loads(path.read_text())["rows"] if (row["aids"], row["seed"]) not in again]
-    for name in only.split(","):
-        for seed in range(seeds):
-            for i, start in enumerate(STARTS):
-                begun = time.perf_counter()
-                made, training = learn(domain, {**ABLATIONS[name], "init_deg": float(start), "seed": 10 * seed + i})
-                degrees = made.measure(training.best.learned())["rotation_mean_deg"]
-                error, seconds = abs(metapt.wrap(degrees - 90)), time.perf_counter() - begun
-                rows.append({"aids": name, "start": start, "seed": 10 * seed + i, "degrees": degrees, "error": error,
-                             "seconds": seconds})  # fmt: skip
-                console.print(f"{name}: {start:5d}° → {degrees:6.1f}°, error {error:5.1f}°  ({seconds:.0f} s)")
-                keep(f"{domain}", rows)
-    report(domain)
+    """φ after a run from each start; the error is the way to the target on the circle, its sign says the side."""
+    low, *high = [float(start) for start in starts.split(",")]
+    name, rows = f"{domain}-{target:g}-{starts}-from-{first}", []
+    for seed in range(first, first + seeds):
+        start = target + low + ((high[0] - low) * (seed - first) / max(1, seeds - 1) if high else 0.0)
+        rows.append(arrived(domain, {"init_deg": start, "target_deg": target, "seed": seed}))
+        keep(name, rows)
+    report(name, target)
+
+
+def arrived(domain: str, given: dict, preset: str = "default") -> dict:
+    """Where φ ends, and how it came there."""
+    begun, made, curve = time.perf_counter(), make(domain, given, preset), []
+    run = metapt.Training(made, learn=True).run(
+        lambda run: curve.append((run.step, *made.measure(run.best.meta).values()))
+    )
+    degrees = made.measure(run.best.learned())["rotation_mean_deg"]
+    error = (degrees - made.settings.target_deg + 180) % 360 - 180
+    console.print(f"seed {given['seed']}: {given['init_deg']:6.1f}° → {degrees:6.1f}°, error {error:+5.1f}°")
+    return {"seed": given["seed"], "start": given["init_deg"], "degrees": degrees, "error": error,
+            "seconds": time.perf_counter() - begun, "curve": curve}  # fmt: skip
 
 
 @app.command()
-def report(domain: Annotated[str, typer.Argument()] = "digits-rotation"):
+def report(name: str, target: float = 90.0):
     """Table and figure of what `rotation` found."""
-    rows = json.loads((HERE / "results" / f"{domain}.json").read_text())["rows"]
-    by_name = {}
+    rows = json.loads((HERE / "results" / f"{name}.json").read_text())["rows"]
+    errors = np.array([row["error"] for row in rows])
+    stderr = abs(errors).std(ddof=1) / np.sqrt(len(errors)) if len(errors) > 1 else np.nan
+    cells = [str(len(errors)), f"{abs(errors).mean():.1f} ± {stderr:.1f}", f"{abs(errors).max():.1f}",
+             f"{errors.mean():+.1f}", str((abs(errors) > 45).sum())]  # fmt: skip
+    columns = ["runs", "mean error ± s.e. (°)", "largest", "with its sign", "over 45°"]
+    metapt.show_table(console, name, columns, [cells])
+
+    def draw(figure):
+        axis = figure.subplots()
+        for row in rows:
+            steps, degrees = np.array(row["curve"]).T
+            axis.plot(steps, degrees, color="C0", lw=0.7, alpha=0.7)
+        axis.axhline(target, color="C3", lw=0.8, ls="--")
+        axis.set(xlabel="PT steps", ylabel="mean rotation φ (degrees)", title=f"{len(rows)} runs; target dashed")
+
+    metapt.save_figure(HERE / "figures" / f"{name}.png", draw)
+
+
+AIDS = {  # the preset `anywhere` with that aid alone taken away
+    "full": {},
+    "one particle": {"particles": "1"},
+    "no noise on φ": {"kick_deg": 0.0},
+    "spread of 1° throughout": {"spread_deg": 1.0},
+    "no aid at all": {"particles": "1", "kick_deg": 0.0, "spread_deg": 1.0},
+    "aids without hypergradient": {"meta_lr": 1e-12},
+}
+
+
+@app.command()
+def anywhere(
+    domain: Domain = "digits-rotation",
+    only: Annotated[str, typer.Option(help="Which rows, by name, with commas between; nothing: those stored")] = "",
+    seeds: Annotated[int, typer.Option(help="How often; seed s serves start i as 10·s + i")] = 1,
+):
+    """`--preset anywhere` from ten starts around the circle, and without each of its aids."""
+    path, begun = HERE / "results" / f"{domain}.json", [name for name in only.split(",") if name]
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    for name, seed in [(name, seed) for name in begun for seed in range(10 * seeds)]:
+        start = -180.0 + 36 * (seed % 10)
+        row = {**arrived(domain, {**AIDS[name], "init_deg": start, "seed": seed}, "anywhere"), "aids": name}
+        row |= {"error": abs(row["error"])}
+        rows = [other for other in rows if (other["aids"], other["seed"]) != (name, seed)] + [row]
+        keep(domain, rows)
+    by_name, cells = {}, []
     for row in rows:  # seeds 0 to 9 are those that the settings were chosen on
         block = row["seed"] // 10 * 10
         by_name.setdefault(row["aids"] + (f", seeds {block} to {block + 9}" if block else ""), []).append(row)
-    cells = []
     for name, chosen in by_name.items():
         errors = np.array([row["error"] for row in chosen])
-        stderr = errors.std(ddof=1) / np.sqrt(len(errors))
+        stderr = errors.std(ddof=1) / np.sqrt(len(errors)) if len(errors) > 1 else np.nan
         cells.append([name, str(len(errors)), f"{errors.mean():.1f} ± {stderr:.1f}", f"{np.median(errors):.1f}",
                       f"{errors.max():.1f}", str((errors > 45).sum())])  # fmt: skip
     columns = ["", "runs", "mean error ± s.e. (°)", "median", "largest", "over 45°"]
     metapt.show_table(console, domain, columns, cells)
-    with metapt.figure(HERE / "figures" / f"{domain}.png") as (axis,):
-        for k, name in enumerate(name for name in ("no aid at all", "full") if name in by_name):
-            label = {"full": "as it is", "no aid at all": "without the aids"}[name]
-            x, y = zip(*((row["start"], row["degrees"]) for row in by_name[name]), strict=True)
-            axis.plot(
-                x,
-                y,
-                "o" if name == "full" else "x",
-                ms=4,
-                color="C0" if name == "full" else "0.5",
-                label=label,
-                zorder=k,
-            )
+
+    def draw(figure):
+        axis, ticks = figure.subplots(), [-180, -90, 0, 90, 180]
+        for name, label, style in (("no aid at all", "without the aids", "x"), ("full", "as it is", "o")):
+            points = [(row["start"], row["degrees"]) for row in by_name.get(name, [])]
+            axis.plot(*zip(*points, strict=True), style, ms=4, color="C0" if style == "o" else "0.5", label=label)
         axis.axhline(90, color="C3", lw=0.8, ls="--", label="rotation of the FT images")
-        ticks = [-180, -90, 0, 90, 180]
-        axis.set(
-            xlabel="φ at the start (degrees)",
-            ylabel="φ at the end (degrees)",
-            ylim=(-190, 190),
-            xticks=ticks,
-            yticks=ticks,
-        )
+        axis.set(xlabel="φ at the start (degrees)", ylabel="φ at the end (degrees)", ylim=(-190, 190), xticks=ticks,
+                 yticks=ticks)  # fmt: skip
         axis.legend(fontsize=7, loc="lower right")
+
+    metapt.save_figure(HERE / "figures" / f"{domain}.png", draw)
+
+
+@app.command()
+def search(
+    domain: Domain = "digits-rotation",
+    seeds: Annotated[int, typer.Option(help="Of FT")] = 3,
+    share: Annotated[float, typer.Option(help="Compute of the search, in meta runs")] = 1.0,
+):
+    """Random search: PT with angles drawn at random for the compute of a meta run; each FT takes what its validation
+    labels prefer."""
+    made = make(domain, {})
+    allowed = share * metapt.Training(made, learn=True).run().seconds
+    spent, networks, random = 0.0, [], np.random.default_rng(made.settings.seed)
+    while spent < allowed:
+        begun, phi = time.perf_counter(), {"rotation_mean_deg": torch.tensor(random.uniform(-180, 180))}
+        networks.append(metapt.pretrain_afresh(made, made.settings.seed, phi))
+        spent += time.perf_counter() - begun
+    methods = {i: lambda seed, network=network: network for i, network in enumerate(networks)}
+    results, rows = metapt.compare(made, methods, made.finetune_sizes, seeds, lambda: None), []
+    for n in made.finetune_sizes:
+        outcomes = zip(*(results[i, n] for i in methods), strict=True)
+        scores = [min(of, key=lambda outcome: outcome.validation_loss).scores["test"] for of in outcomes]
+        rows.append({"ft_examples": n, "draws": len(networks), "scores": scores})
+        mean, stderr = 100 * np.mean(scores), 100 * np.std(scores, ddof=1) / np.sqrt(seeds)
+        console.print(f"{len(networks)} draws, {n} FT examples: {mean:.1f} ± {stderr:.1f} %")
+    keep(f"{domain}-search-{share:g}", rows)
 
 
 @app.command()
 def noise(
-    domain: str = "digits-noise",
-    seeds: Annotated[int, typer.Option(help="How many seeds")] = 5,
-    first: Annotated[int, typer.Option(help="The first of them; the settings were chosen on 0 to 4")] = 0,
+    domain: Domain = "digits-noise",
+    seeds: Annotated[int, typer.Option(help="How many")] = 5,
+    first: First = 0,
 ):
     """The ratio of mean weights, by seed."""
     rows = []
     for seed in range(first, first + seeds):
-        begun = time.perf_counter()
-        made, training = learn(domain, {"seed": seed})
+        begun, made = time.perf_counter(), make(domain, {"seed": seed})
+        training = metapt.Training(made, learn=True).run()
         rows.append({"seed": seed, **made.facts(training.best.learned()), "seconds": time.perf_counter() - begun})
         console.print(rows[-1])
         keep(f"{domain}-from-{first}" if first else domain, rows)
+
+
+@app.command()
+def ablation(
+    seeds: Annotated[int, typer.Option(help="How many, from 0")] = 10,
+    again: Annotated[bool, typer.Option(help="Run; without it, only the table of what is stored")] = False,
+):
+    """digits-noise as it is, against φ neither averaged nor learned at a falling rate: test accuracy after FT."""
+    variants = {"as it is": {}, "neither": {"average": 0.0, "meta_lr_decay": 1.0}}
+    path, rows = HERE / "results" / "digits-noise-ablation.json", []
+    for seed in range(seeds if again else 0):
+        for variant, given in variants.items():
+            made = make("digits-noise", {**given, "seed": seed})
+            best = metapt.Training(made, learn=True).run().best
+            phi = best.learned().state_dict()
+            methods = {"default_phi": lambda seed, made=made: metapt.pretrain_afresh(made, seed, None),
+                       "learned_phi": lambda seed, made=made, phi=phi: metapt.pretrain_afresh(made, seed, phi),
+                       "online": lambda seed, best=best: best.network}  # fmt: skip
+            results = metapt.compare(made, methods, made.finetune_sizes, 1, lambda: None)
+            for (method, n), (outcome,) in results.items():
+                rows.append({"seed": seed, "variant": variant, "method": method, "ft_examples": n,
+                             "accuracy": outcome.scores["test"]})  # fmt: skip
+            keep("digits-noise-ablation", rows)
+    rows, cells = json.loads(path.read_text())["rows"], []
+    for method, n in dict.fromkeys((row["method"], row["ft_examples"]) for row in rows):
+        of = {v: np.array([100 * row["accuracy"] for row in rows
+                           if (row["variant"], row["method"], row["ft_examples"]) == (v, method, n)]) for v in variants}  # fmt: skip
+        gains = of["neither"] - of["as it is"]
+        half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
+        cells.append([method, str(n), f"{of['as it is'].mean():.1f}", f"{of['neither'].mean():.1f}",
+                      f"{gains.mean():+.1f} ± {half:.1f}", f"{gains.min():+.1f}"])  # fmt: skip
+    columns = ["", "FT examples", *variants, "difference, 95 %", "worst seed"]
+    metapt.show_table(console, f"digits-noise, {len(gains)} seeds: test accuracy (%)", columns, cells)
 
 
 @app.command(name="bytes")
@@ -134,19 +227,15 @@ def saved_bytes():
     """Peak of the bytes saved for backward, each storage once, parameters and data not counted, against a PT step's."""
     rows = []
     for hvp in ("exact", "finite"):
-        for solver in ({"solver": "identity"}, {"solver": "neumann", "alpha": 1e-3}, {"solver": "cg", "terms": 3}):
+        for solver in ({"solver": "identity"}, {"solver": "neumann", "alpha": 1e-3}, {"solver": "cg"}):
             given = {"hvp": hvp, "steps": 20, "warmup": 20, "batch_size": 256, "meta_batch_size": 256, "dropout": 0.0}
-            settings = metapt.settings_of("digits-rotation", {**given, **solver, "particles": "1", "rounds": "1"})
-            made = metapt.make_domain("digits-rotation", settings, torch.device("cpu"), Path("data"))
-            learner = metapt.Training(made, settings, learn=True).run().best
+            made = make("digits-rotation", {**given, **solver})
+            learner = metapt.Training(made, learn=True).run().best
             learner.meta_step(1.0)  # the first has no moments yet
             plain = peak(lambda learner=learner: learner.pretrain_step(1.0))
-            rows.append(
-                {"hvp": hvp, **solver, "bytes": peak(lambda learner=learner: learner.meta_step(1.0)), "pt_step": plain}
-            )
-            console.print(
-                f"{hvp} {solver['solver']}: {rows[-1]['bytes']:,} = {rows[-1]['bytes'] / plain:.2f} × a PT step's {plain:,}"
-            )
+            found = peak(lambda learner=learner: learner.meta_step(1.0))
+            rows.append({"hvp": hvp, **solver, "bytes": found, "pt_step": plain})
+            console.print(f"{hvp} {solver['solver']}: {found:,} = {found / plain:.2f} × a PT step's {plain:,}")
     keep("bytes", rows)
 
 

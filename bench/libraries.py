@@ -26,6 +26,7 @@ from torch.func import functional_call
 
 import metapt
 from bench import counting
+from bench.domains.ecg import ResNet18
 from bench.plain_resnet import PlainResNet18
 from metapt import Solver, Unroll
 
@@ -34,6 +35,11 @@ STEPS, LR, ALPHA, TERMS = 5, 0.1, 0.05, 10  # K, FT's learning rate, Neumann's s
 EPS = 1e-12  # of Adam: higher adds it before the bias correction, torch after; so small that it does not matter
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = rich.console.Console(width=130)
+
+
+def _part(theta: dict[str, Tensor], module: str) -> dict[str, Tensor]:
+    """The parameters of one of theta's modules, by their names there."""
+    return {name.removeprefix(f"{module}."): t for name, t in theta.items() if name.startswith(f"{module}.")}
 
 
 class Task:
@@ -47,7 +53,7 @@ class Task:
             self.encoder = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
         else:  # the ECG encoder as published: 12 leads, 1,000 samples, width 32; BatchNorm as FT has it
             shape, features, batch, self.decay = (12, 1000), 256, 8, 0.1
-            resnet = metapt.ResNet18(12, 32)
+            resnet = ResNet18(12, 32)
             with torch.random.fork_rng():  # what the copy draws, it does not keep
                 self.encoder = PlainResNet18(resnet).eval()
         self.pt_head, self.ft_head = nn.Linear(features, 16), nn.Linear(features, 5)
@@ -59,17 +65,17 @@ class Task:
 
     # As functions of parameters ...
     def pretrain_loss(self, theta, phi):
-        head, encoder = metapt._group(theta, "head"), metapt._group(theta, "encoder")
+        head, encoder = _part(theta, "head"), _part(theta, "encoder")
         return self.weigh(
             functional_call(self.pt_head, head, functional_call(self.encoder, encoder, self.x)), phi, theta
         )
 
     def finetune_loss(self, theta, psi):
-        hidden = functional_call(self.encoder, metapt._group(theta, "encoder"), self.xf)
+        hidden = functional_call(self.encoder, _part(theta, "encoder"), self.xf)
         return F.cross_entropy(functional_call(self.ft_head, psi, hidden), self.yf)
 
     def validation_loss(self, theta, psi):
-        hidden = functional_call(self.encoder, metapt._group(theta, "encoder"), self.xv)
+        hidden = functional_call(self.encoder, _part(theta, "encoder"), self.xv)
         return F.cross_entropy(functional_call(self.ft_head, psi, hidden), self.yv)
 
     # ... and as modules, for libraries that want those.

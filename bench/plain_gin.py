@@ -1,4 +1,4 @@
-"""The GIN of Hu et al. as published, on PyG: messages edge by edge. Slow; `GIN` in metapt.py is tested to equal it."""
+"""The GIN of Hu et al. as published, on PyG: messages edge by edge. Slow; `GIN` in bench/domains/ppi.py is tested to equal it."""
 
 import copy
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ import metapt
 
 
 class PlainLayer(MessagePassing):
-    """A layer with the parameters of a `metapt.GINLayer`."""
+    """A layer with the parameters of a `GINLayer`."""
 
-    def __init__(self, layer: metapt.GINLayer):
+    def __init__(self, layer: nn.Module):
         super().__init__(aggr="add")
         layer = copy.deepcopy(layer)
         self.edge, self.mlp = layer.edge, nn.Sequential(layer.first, layer.norm, nn.ReLU(), layer.second)
@@ -33,9 +33,9 @@ class PlainLayer(MessagePassing):
 
 
 class PlainGIN(nn.Module):
-    """The same function as the `metapt.GIN` whose parameters it copies."""
+    """The same function as the `GIN` whose parameters it copies."""
 
-    def __init__(self, gin: metapt.GIN):
+    def __init__(self, gin: nn.Module):
         super().__init__()
         self.embedding = nn.Parameter(gin.embedding.detach().clone())
         self.layers, self.dropout = nn.ModuleList(PlainLayer(layer) for layer in gin.layers), gin.dropout
@@ -48,7 +48,7 @@ class PlainGIN(nn.Module):
         first = data.ptr[:-1]
         return torch.cat([global_mean_pool(x, data.batch), x[first + data.centre]], 1)
 
-    def in_order_of(self, gin: metapt.GIN) -> list[nn.Parameter]:
+    def in_order_of(self, gin: nn.Module) -> list[nn.Parameter]:
         """Its parameters in the order of `gin.parameters()`."""
         own = {"embedding": self.embedding}
         for i, layer in enumerate(self.layers):
@@ -61,9 +61,12 @@ class PlainGIN(nn.Module):
 
 
 class PlainGraphs:
-    """Graphs as PyG's InMemoryDataset keeps them: flat tensors of all, labels int64, a `Data` object cut out when asked for."""
+    """Graphs as PyG's InMemoryDataset keeps them: flat tensors of all, labels int64, a `Data` object cut out when asked for.
 
-    def __init__(self, raw: metapt.RawGraphs, dtype=torch.float32):
+    `raw`: a `RawGraphs` of data_scripts/graphs.py.
+    """
+
+    def __init__(self, raw, dtype=torch.float32):
         self.sizes, self.centre = raw.sizes, torch.as_tensor(raw.centre)
         self.ends = np.concatenate([[0], np.cumsum(raw.degrees)])
         self.edges = torch.from_numpy(raw.edges.astype(np.int64))
@@ -77,7 +80,7 @@ class PlainGraphs:
         )  # fmt: skip
 
 
-def plain_batch(raw: metapt.RawGraphs, index: np.ndarray, dtype=torch.float64) -> Batch:
+def plain_batch(raw, index: np.ndarray, dtype=torch.float64) -> Batch:
     graphs = PlainGraphs(raw, dtype)
     return Batch.from_data_list([graphs[i] for i in index])
 
@@ -88,7 +91,7 @@ class PlainPPI:
     All graphs are in memory, `blocks` of equal numbers of them.
     """
 
-    def __init__(self, domain: metapt.PPI, blocks: Iterable[metapt.RawGraphs], encoder):
+    def __init__(self, domain: metapt.Domain, blocks: Iterable, encoder):
         self.domain, self.encoder, self.blocks = domain, encoder, [PlainGraphs(raw) for raw in blocks]
 
     def __getattr__(self, name):
@@ -103,7 +106,7 @@ class PlainPPI:
         places = [divmod(i, len(self.blocks[0].sizes)) for i in index.tolist()]
         return Batch.from_data_list([self.blocks[block][i] for block, i in places])
 
-    def pretrain_loss(self, network, meta, index, progress, live=False):
+    def pretrain_loss(self, network, meta, index, progress, live):
         batch, tasks = self.collated(index), len(self.pretrain_tasks)
 
         def loss(theta, phi):

@@ -1,11 +1,11 @@
-"""`ResNet18` and the warp's network of nn.Conv1d, as the published code has its own. Slower; tested to equal those of metapt.py."""
+"""The ECG domain's encoder and warp of nn.Conv1d, as the published code has its own. Slower; tested to equal the domain's."""
 
 import copy
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import metapt
+from bench.domains import ecg
 
 
 def plain(module: nn.Module) -> nn.Module:
@@ -29,9 +29,9 @@ def plain(module: nn.Module) -> nn.Module:
 
 
 class PlainResNet18(nn.Module):
-    """The same function as the `metapt.ResNet18` whose parameters it copies."""
+    """The same function as the `ecg.ResNet18` whose parameters it copies."""
 
-    def __init__(self, resnet: metapt.ResNet18):
+    def __init__(self, resnet: ecg.ResNet18):
         super().__init__()
         self.stem, self.blocks = plain(resnet.stem), plain(resnet.blocks)
 
@@ -39,10 +39,10 @@ class PlainResNet18(nn.Module):
         return self.blocks(self.stem(F.pad(signals, (0, -signals.shape[2] % 64)))).mean(2)
 
 
-class PlainWarp(metapt.WarpAugmentation):
-    """The same function as the `metapt.WarpAugmentation` whose parameters it copies."""
+class PlainWarp(ecg.WarpAugmentation):
+    """The same function as the `ecg.WarpAugmentation` whose parameters it copies."""
 
-    def __init__(self, warp: metapt.WarpAugmentation):
+    def __init__(self, warp: ecg.WarpAugmentation):
         super().__init__(warp.layers[0][0].in_channels, 1.0)
         self.to(warp.scale).load_state_dict(warp.state_dict())  # of its dtype and on its device
         self.layers = plain(self.layers)

@@ -23,16 +23,23 @@ import typer
 from scipy import stats
 
 import metapt
+from bench.domains.ppi import PPI
+from bench.domains.ppi_baselines import CoTrain, PCGrad, Selection
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "data_scripts"))
+
+from graphs import RawGraphs, prepare_graphs
+
 DATA = Annotated[Path, typer.Option(help="Where downloaded data lie")]
 # Before FT: which FT data may be seen. FT itself has all labels of the tasks that it is scored on.
 ACCESS = {"full": {}, "half": {"ft_share": 0.5}, "unseen": {"unseen_tasks": 10}}
-PRETRAINED = {"supervised": {}, "cotrain": {"method": "cotrain"}, "pcgrad": {"method": "pcgrad"}}
-SELECT = 235  # a quarter of the PT tasks
-SOLVER = {"solver": "neumann", "terms": 1, "alpha": 1e-3, "share_pass": False}  # of the study: as published
-CHEAP = {"solver": "identity", "alpha": None, "share_pass": True}  # of the preset
-LEARNED = {"meta": {}, "cheap": CHEAP, "aware": {"select": SELECT}, "agnostic": {"select": SELECT, "agnostic": True}}
+SELECT = {"select": 235}  # a quarter of the PT tasks
+PUBLISHED = {"solver": "neumann", "terms": 1, "alpha": 1e-3, "hvp": "exact", "unroll_hvp": ""}
+PRESET = {name: getattr(PPI.Settings(), name) for name in PUBLISHED}
+PRETRAINED = {"supervised": PPI, "cotrain": CoTrain, "pcgrad": PCGrad}
+LEARNED = {"meta": (PPI, PUBLISHED), "cheap": (PPI, PRESET), "aware": (Selection, PUBLISHED | SELECT),
+           "agnostic": (Selection, PUBLISHED | SELECT | {"agnostic": True})}  # fmt: skip
 NAMES = {
     "none": "no PT", "supervised": "supervised PT", "cotrain": "CoTrain", "pcgrad": "CoTrain + PCGrad",
     "meta": "learned φ, θ of that run", "learned": "learned φ, PT afresh", "cheap": "learned φ with q = v (the preset)",
@@ -43,23 +50,22 @@ app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=F
 console = rich.console.Console()
 
 
-def make(data: Path, seed: int, **given) -> metapt.PPI:
-    settings = metapt.settings_of("ppi", {"seed": seed, "source": "string-yeast", **SOLVER, **given})
-    return metapt.make_domain("ppi", settings, metapt.pick_device("auto"), data)
+def make(data: Path, seed: int, kind=PPI, steps: int = 1000, **given) -> metapt.Domain:
+    settings = kind.Settings(seed=seed, source="string-yeast", steps=steps, warmup=min(100, steps // 6), **given)
+    return kind(settings, metapt.pick_device("auto"), data)
 
 
-def measured(domain: metapt.PPI, network, examples: int, seed: int) -> tuple[float, list[float]]:
+def measured(domain: metapt.Domain, network, examples: int, seed: int) -> tuple[float, list[float]]:
     """Test mean AUROC after FT of a head, and the same on `DRAWS` bootstrap samples of the test proteins."""
-    kept = []
-    domain.score = lambda outputs, targets: (
-        kept.append((outputs, targets)) or type(domain).score(domain, outputs, targets)
-    )
-    result = metapt.finetune(domain, network, examples, seed, "head", domain.settings.compare_lr, 500)
+    kept, score = [], domain.score
+    domain.tests = {"test": domain.tests["test"]}
+    domain.score = lambda *pair: kept.append(pair) or score(*pair)
+    result = metapt.finetune(domain, network, examples, seed)
     del domain.score
     outputs, targets = kept[-1]  # of the best look, which is what counts
     random, n = np.random.default_rng(seed), len(outputs)  # the same proteins for every method
     draws = [random.integers(0, n, n) for _ in range(DRAWS)]
-    return result.score, [round(domain.score(outputs[i], targets[i]), 5) for i in draws]
+    return result.scores["test"], [round(domain.score(outputs[i], targets[i]), 5) for i in draws]
 
 
 @app.command()
@@ -77,9 +83,9 @@ def study(
         before = json.loads(path.read_text())
         rows, weights = [row for row in before["rows"] if row["method"] not in wanted], before["weights"]
 
-    def trained(name, learn=False, phi=None, **given):
-        made, begun = make(data, seed, steps=steps, **given), time.perf_counter()
-        training = metapt.Training(made, made.settings, learn, phi).run()
+    def trained(name, kind=PPI, learn=False, phi=None, **given):
+        made, begun = make(data, seed, kind, steps, **given), time.perf_counter()
+        training = metapt.Training(made, learn, phi).run()
         console.print(f"seed {seed}, {name}: {time.perf_counter() - begun:.0f} s")
         return made, training
 
@@ -103,14 +109,16 @@ def study(
             if "supervised" in wanted:
                 networks["supervised"] = trained("supervised")[1].best.network
             if "agnostic" in wanted:
-                networks["agnostic"] = trained("agnostic", True, **LEARNED["agnostic"])[1].best.network
+                kind, given = LEARNED["agnostic"]
+                networks["agnostic"] = trained("agnostic", kind, True, **given)[1].best.network
         for method in ("none", "supervised", "agnostic"):  # these see no FT data before FT
             if access != "half" and method in wanted:
                 note(access, method, made, networks[method])
         for method in sorted(wanted & {"cotrain", "pcgrad"}):
-            note(access, method, made, trained(method, **options, **PRETRAINED[method])[1].best.network)
+            note(access, method, made, trained(method, PRETRAINED[method], **options)[1].best.network)
         for method in [m for m in ("meta", "cheap", "aware") if m in wanted]:
-            of, training = trained(method, True, **options, **LEARNED[method])
+            kind, given = LEARNED[method]
+            of, training = trained(method, kind, True, **options, **given)
             note(access, method, made, training.best.network)
             if method == "meta":
                 phi = training.best.learned()
@@ -212,14 +220,18 @@ def draw_terms(known: dict[str, list[float]], shown: int = 15) -> None:
     mean = {term: float(np.mean(w)) for term, w in known.items()}
     order = sorted(mean, key=mean.get)
     rows = [*order[:shown], *order[-shown:]]
-    with metapt.figure(HERE / "figures" / "ppi-terms.png") as (axis,):
-        axis.figure.set_size_inches(5.5, 5)
+
+    def draw(figure):
+        figure.set_size_inches(5.5, 5)
+        axis = figure.subplots()
         for i, term in enumerate(rows):
             axis.plot(known[term], [i] * len(known[term]), ".", ms=3, color="0.6")
             axis.plot(mean[term], i, "o", ms=4, color="C0" if i < shown else "C3")
         axis.set_yticks(range(len(rows)), [f"{names.get(t, '')} {t}".strip() for t in rows], fontsize=6)
         axis.axvline(1, color="0.5", lw=0.6)
         axis.set(xlabel="weight of the PT task; grey: each seed")
+
+    metapt.save_figure(HERE / "figures" / "ppi-terms.png", draw)
 
 
 def generate(graphs: int, tasks: int, at_once: int = 4096):
@@ -233,7 +245,7 @@ def generate(graphs: int, tasks: int, at_once: int = 4096):
         graph, u, v = np.nonzero(keep | keep.transpose(0, 2, 1))
         features = (random.random((len(graph), 9), dtype=np.float32) < 0.3).astype(np.float32)
         features[:, 7:] = 0
-        yield metapt.RawGraphs(
+        yield RawGraphs(
             sizes, np.bincount(graph, minlength=n), np.stack([u, v]), features, np.zeros(n, int),
             random.choice([9606, 3702, 6239, 511145, 7227, 10090, 4932, 7955], n),
             (random.random((n, tasks), dtype=np.float32) < 0.03).astype(np.uint8),
@@ -252,9 +264,8 @@ def scale(
 
     def part(*command):
         command = [sys.executable, "-m", "bench.ppi", *command]
-        return json.loads(
-            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=HERE.parent).stdout
-        )
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
+        return json.loads(done.stdout.splitlines()[-1])
 
     result = part("prepare", str(graphs), "--folder", str(folder))
     for way in ("ours", "published"):
@@ -267,7 +278,8 @@ def scale(
 def prepare(graphs: int, folder: Path = Path("data/generated")):
     """Generates graphs and prepares them."""
     begun, target = time.perf_counter(), folder / "ppi" / "published"
-    about = metapt.prepare_graphs(target, generate(graphs, 5040), [f"task {i}" for i in range(5040)], 40)
+    about = prepare_graphs(target, generate(graphs, 5040), [f"task {i}" for i in range(5040)], 40, source="generated",
+                           licence="none")  # fmt: skip
     counts = {name: about[name] for name in ("graphs", "nodes", "edges", "tasks")}
     size = sum(path.stat().st_size for path in target.iterdir())
     print(json.dumps({"generated": True, "torch": torch.__version__, "threads": torch.get_num_threads(), **counts,
@@ -287,14 +299,14 @@ def one(way: str, steps: int = 5, folder: Path = Path("data/generated")):
         return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
     imported, begun = peak(), time.perf_counter()
-    given = {"source": "published", "steps": 100, "warmup": 0, **(CHEAP if way == "ours" else {})}
-    made = metapt.make_domain("ppi", metapt.settings_of("ppi", given, "paper"), metapt.pick_device("cpu"), folder)
+    given = {"source": "published", "steps": 100, "warmup": 0, **(PRESET if way == "ours" else {})}
+    made = PPI(PPI.Settings(**{**PPI.presets["paper"], **given}), torch.device("cpu"), folder)
     startup = time.perf_counter() - begun
     if way == "published":  # its graphs come as Data objects, collated batch by batch; the loss is in float64
         from bench.plain_gin import PlainGIN, PlainPPI
 
         made = PlainPPI(made, generate(len(made.graphs.sizes), 5040), PlainGIN)
-    learner = metapt.Learner(made, made.settings)
+    learner = metapt.Learner(made)
     learner.pretrain_step(0.5)
     times = {}
     for name, step in (("pt_step_seconds", learner.pretrain_step), ("meta_step_seconds", learner.meta_step)):

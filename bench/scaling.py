@@ -181,7 +181,10 @@ def report(device: str = "cpu"):
         rows.append(cells)
     columns = ["", "from … to", "time ~ n^", "× PT step", "FLOPs ~ n^", "× PT step", "bytes ~ n^", "× PT step"]
     metapt.show_table(console, f"one meta step, {device}", columns, rows)
-    with metapt.figure(HERE / "figures" / f"scaling{'' if device == 'cpu' else '-' + device}.png", 2) as (left, right):
+
+    def draw(figure):
+        figure.set_size_inches(7, 2.5)
+        left, right = figure.subplots(1, 2)
         for name, axis, key in (("terms", left, "terms"), ("FT steps", left, "ft_steps"),
                                 ("FT steps of everything", left, "ft_steps"), ("PT steps before", left, "pt_steps"),
                                 ("PT parameters", right, "parameters"), ("meta-parameters", right, "weights")):  # fmt: skip
@@ -197,6 +200,8 @@ def report(device: str = "cpu"):
         )
         left.legend(fontsize=5.5, loc="upper left", ncols=2)
         right.legend(fontsize=6, loc="upper left")
+
+    metapt.save_figure(HERE / "figures" / f"scaling{'' if device == 'cpu' else '-' + device}.png", draw)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,5 @@ def test_a_carried_solve_follows_the_exact_hypergradient_of_the_moment():
     names = ("identity", "carried: neumann 1, momentum 0.9", "carried: neumann 1, momentum 0.9, finite")
     identity, exact, finite = accuracy.online(300, 0.1, meta_steps=40, names=names)
     assert identity["cosine"] < 0.9
-    for row in (exact, finite):
-        assert row["cosine"] >= 0.95, row
-        assert row["pt_steps"] - row["gives_pt_gradient"] <= 2.5, row
+    assert min(exact["cosine"], finite["cosine"]) >= 0.95
+    assert finite["pt_steps"] <= 3  # all passes: of FT, validation, PT, and those that found the step size

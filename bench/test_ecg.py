@@ -1,4 +1,4 @@
-"""The statistics of the ECG study, on predictions whose scores are known; the published layers equal those of metapt.py."""
+"""The statistics of the ECG study, on predictions whose scores are known; the published layers equal the domain's."""
 
 import json
 import shutil
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import metapt
 from bench import counting, ecg
+from bench.domains.ecg import ResNet18, WarpAugmentation, mean_auroc
 from bench.plain_resnet import PlainResNet18, PlainWarp
 
 
@@ -76,10 +76,17 @@ def test_a_warp_of_fixed_strength_is_a_method_more_where_all_have_it(study):
     assert rows["s = 1.5", "head", 0]["mean"] == rows["initial", "head", 0]["mean"]
 
 
+def test_the_score_by_ranks_is_the_domains():
+    torch.manual_seed(0)
+    scores, labels = torch.randint(0, 9, (40, 5)).float(), (torch.rand(40, 5) < 0.4).float()
+    labels[:, 2] = 1  # a class that all have
+    assert ecg.by_ranks(scores.numpy(), labels.numpy()) == pytest.approx(mean_auroc(scores, labels), rel=1e-12)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_published_encoder_is_the_same_function(training):
     torch.manual_seed(0)
-    ours, x = metapt.ResNet18(12, 2).double(), torch.randn(3, 12, 1000, dtype=torch.float64)
+    ours, x = ResNet18(12, 2).double(), torch.randn(3, 12, 1000, dtype=torch.float64)
     ours.train()(2 * x)  # statistics that are not those of the start
     plain = PlainResNet18(ours).train(training)
     weights = torch.randn(3, 16, dtype=torch.float64)
@@ -93,7 +100,7 @@ def test_the_published_encoder_is_the_same_function(training):
 
 def test_the_published_warp_is_the_same_function():
     torch.manual_seed(0)
-    ours, x = metapt.WarpAugmentation(12, 0.7).double(), torch.randn(3, 12, 1000, dtype=torch.float64)
+    ours, x = WarpAugmentation(12, 0.7).double(), torch.randn(3, 12, 1000, dtype=torch.float64)
     plain = PlainWarp(ours)
     torch.testing.assert_close(ours.magnitudes(x), plain.magnitudes(x))
     views = []

@@ -4,12 +4,11 @@ Nothing of the core but its public names is used. What a test compares with is a
 `create_graph=True`, dense matrices, or the whole pipeline run again at φ ± h.
 """
 
-import gc
 import inspect
 import math
 import subprocess
 import sys
-import weakref
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -18,15 +17,21 @@ from torch import nn
 from torch.func import functional_call
 
 import metapt
-from metapt import Hypergradient, Solver, Unroll, hypergradient
+from bench import counting, problems, scaling
+from bench.problems import leaves
+from metapt import Hypergradient, Solver, Unroll, finetune_step, hypergradient
+
+pytestmark = pytest.mark.filterwarnings("ignore:‖Hq − v‖")  # few terms on hard systems; one test asks for it
 
 METHODS = ("identity", "neumann", "cg", "nystrom")
+WARM_AND_COLD = [*((method, False) for method in METHODS), ("cg", True), ("neumann", True)]
 FULL_RANK = 10**6  # a Nyström rank that is cut down to the number of parameters
+LOSSES = ("pretrain_loss", "finetune_loss", "validation_loss")
+GROUPS = ("theta", "psi", "phi")
+FIELDS = ("phi", "psi0", "psi", "q")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Tools
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def draw(*shape, seed, dtype=torch.float64):
@@ -34,8 +39,7 @@ def draw(*shape, seed, dtype=torch.float64):
 
 
 def run(problem, **options) -> Hypergradient:
-    losses = (problem.pretrain_loss, problem.finetune_loss, problem.validation_loss)
-    return hypergradient(*losses, problem.theta, problem.psi, problem.phi, **options)
+    return hypergradient(*(getattr(problem, name) for name in LOSSES + GROUPS), **options)
 
 
 def changed(problem, **fields):
@@ -54,12 +58,7 @@ def error(found, truth) -> float:
 
 def errors(found: Hypergradient, truth) -> dict:
     """The relative errors of whatever tensors `truth` has."""
-    fields = [f for f in ("phi", "psi0", "value", "psi", "q") if hasattr(truth, f)]
-    return {field: error(getattr(found, field), getattr(truth, field)) for field in fields}
-
-
-def leaves(params):
-    return {name: t.detach().clone().requires_grad_() for name, t in params.items()}
+    return {f: error(getattr(found, f), getattr(truth, f)) for f in (*FIELDS, "value") if hasattr(truth, f)}
 
 
 def same(left, right) -> bool:
@@ -121,9 +120,7 @@ def plain_truth(problem, unroll, state=None, losses=None):
     return SimpleNamespace(v=v, psi0=psi0, value=value.detach(), psi={n: t.detach() for n, t in psi_k.items()})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # 1. Ridge regression as PT: θ*(φ) is a differentiable formula, so autograd through it gives dL_V/dφ without the theorem
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def ridge():
@@ -184,27 +181,17 @@ def ridge_truth(problem, unroll, state=None):
     return SimpleNamespace(phi=dict(zip(phi, grads)), psi0=truth.psi0, value=truth.value, psi=truth.psi, v=truth.v)
 
 
-# Small decays and few steps, so that bias correction and moments carry weight.
-UNROLLS = [
-    pytest.param(
-        Unroll(steps, lr, (0.8, 0.95), 1e-4, optimizer, scope), carried, id=f"{optimizer}-{scope}-K{steps}{tag}"
-    )
+UNROLLS = [  # small decays and few steps, so that bias correction and moments carry weight
+    pytest.param(Unroll(steps, 0.1, (0.8, 0.95), 1e-4, optimizer, scope), carried,
+                 id=f"{optimizer}-{scope}-K{steps}{'-carried' if carried else ''}")
     for scope in ("head", "all")
-    for optimizer, lr, steps, carried, tag in (
-        ("sgd", 0.1, 0, 0, ""),
-        ("sgd", 0.1, 1, 0, ""),
-        ("sgd", 0.1, 3, 0, ""),
-        ("adam", 0.1, 0, 0, ""),
-        ("adam", 0.1, 1, 0, ""),
-        ("adam", 0.1, 3, 0, ""),
-        ("adam", 0.1, 1, 2, "-carried"),
-        ("adam", 0.1, 3, 2, "-carried"),
-    )
-]
+    for optimizer, steps, carried in (("sgd", 0, 0), ("sgd", 1, 0), ("sgd", 3, 0), ("adam", 0, 0), ("adam", 1, 0),
+                                      ("adam", 3, 0), ("adam", 1, 2), ("adam", 3, 2))
+]  # fmt: skip
 
 
 def with_steps(unroll, steps):
-    return Unroll(steps, unroll.lr, unroll.betas, unroll.eps, unroll.optimizer, unroll.scope)
+    return metapt.replace(unroll, steps=steps)
 
 
 def carried_state(problem, unroll, carried):
@@ -226,18 +213,6 @@ def test_ridge_equals_autograd_through_the_closed_form(unroll, carried, method, 
     assert found.residual < tolerance
 
 
-@pytest.mark.parametrize("terms", [0, 1, 7])
-def test_ridge_neumann_is_its_finite_sum(terms):
-    problem, alpha = ridge(), 0.05
-    unroll = Unroll(2, 0.1)
-    found = run(problem, unroll=unroll, solver=Solver("neumann", terms, alpha=alpha))
-    step = torch.eye(15, dtype=torch.float64) - alpha * ridge_hessian(problem)
-    v = flat(plain_truth(problem, unroll).v)
-    q = alpha * sum(torch.linalg.matrix_power(step, j) @ v for j in range(terms + 1))
-    assert error(found.q, q) < 1e-10
-    assert error(found.phi, -flat(ridge_mixed_product(problem, q))) < 1e-10
-
-
 @pytest.mark.parametrize("scope", ["head", "all"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_ridge_with_another_loss_at_each_step(optimizer, scope):
@@ -249,9 +224,7 @@ def test_ridge_with_another_loss_at_each_step(optimizer, scope):
     assert max(error(found.q, truth.v), error(found.psi0, truth.psi0), error(found.psi, truth.psi)) < 1e-10
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # 2. Solvers, on ½ θᵀHθ − φᵀθ with a chosen H and v: there θ* = H⁻¹φ, so dL_V/dφ is q itself
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def spd(n, seed, condition=20.0):
@@ -321,16 +294,6 @@ def test_solver_equals_its_dense_formula(method, terms, damping, hvp, tolerance)
         assert found.residual == pytest.approx(residual_of(truth, damped, v), rel=1e-6, abs=10 * tolerance)
 
 
-@pytest.mark.parametrize("hvp", ["exact", "finite"])
-@pytest.mark.parametrize("method, terms", [("cg", 2), ("nystrom", 4)])
-def test_residual_is_that_of_the_returned_q(method, terms, hvp):
-    hessian, v = spd(8, seed=21), draw(8, seed=22)
-    found = run(quadratic(hessian, v), solver=Solver(method, terms, damping=0.5, hvp=hvp))
-    truth = residual_of(found.q, hessian + 0.5 * torch.eye(8, dtype=torch.float64), v)
-    assert truth > 0.05
-    assert found.residual == pytest.approx(truth, rel=1e-6)
-
-
 def test_cg_stops_at_its_tolerance():
     hessian, v = spd(8, seed=21), draw(8, seed=22)
     loose = run(quadratic(hessian, v), solver=Solver("cg", 100, tol=0.1))
@@ -341,54 +304,45 @@ def test_cg_stops_at_its_tolerance():
     assert problem.pretrain_loss.calls <= 2 * 9  # eight distinct eigenvalues: eight iterations, nine with rounding
 
 
-@pytest.mark.parametrize("hvp", ["exact", "finite"])
-def test_cg_with_the_inverse_as_preconditioner_needs_one_iteration(hvp):
-    hessian, v = spd(8, seed=23, condition=1000), draw(8, seed=24)
-    problem, inverse = quadratic(hessian, v), torch.linalg.inv(hessian)
-
-    def precondition(r):
-        assert {name: t.shape for name, t in r.items()} == {name: t.shape for name, t in problem.theta.items()}
-        solution = inverse @ flat(r)
-        return {"a": solution[:4].view(2, 2), "b": solution[4:]}
-
-    found = run(problem, solver=Solver("cg", 1, hvp=hvp), preconditioner=precondition)
-    assert error(found.q, inverse @ v) < 1e-6
-    assert run(problem, solver=Solver("cg", 1, hvp=hvp)).residual > 0.1  # and without it does not
-
-
-@pytest.mark.parametrize("terms", [1, 3])
-def test_cg_with_jacobi_is_the_best_of_the_preconditioned_krylov_space(terms):
+@pytest.mark.parametrize("hvp, tolerance", [("exact", 1e-8), ("finite", 1e-6)])
+@pytest.mark.parametrize("method, terms", [("identity", 0), ("cg", 1), ("cg", 3)])
+def test_a_preconditioner_is_the_metric_of_identity_and_of_the_krylov_space(method, terms, hvp, tolerance):
     scale = torch.logspace(-1, 1, 8, dtype=torch.float64)
     hessian, v = scale[:, None] * spd(8, seed=25, condition=5) * scale, draw(8, seed=26)
-    diagonal = hessian.diagonal()
-    jacobi = lambda r: {"a": r["a"] / diagonal[:4].view(2, 2), "b": r["b"] / diagonal[4:]}
-    found = run(quadratic(hessian, v), solver=Solver("cg", terms), preconditioner=jacobi)
-    assert error(found.q, krylov_solution(hessian, v, terms, (1 / diagonal).diag())) < 1e-8
+    inverse, problem = 1 / hessian.diagonal(), quadratic(hessian, v)
+
+    def jacobi(r):
+        assert {name: t.shape for name, t in r.items()} == {name: t.shape for name, t in problem.theta.items()}
+        return {"b": inverse[4:] * r["b"], "a": inverse[:4].view(2, 2) * r["a"]}  # in any order
+
+    truth = inverse * v if method == "identity" else krylov_solution(hessian, v, terms, inverse.diag())
+    found = run(problem, solver=Solver(method, terms, hvp=hvp), preconditioner=jacobi)
+    assert max(error(found.q, truth), error(found.phi, truth)) < tolerance
+    assert math.isnan(found.residual) == (method == "identity")
+    assert error(run(problem, solver=Solver(method, terms, hvp=hvp)).q, truth) > 0.1  # and without it does not
 
 
-def test_nystrom_is_exact_once_its_rank_reaches_that_of_the_hessian():
-    factor, v = draw(12, 3, seed=27), draw(12, seed=28)
-    hessian = factor @ factor.T
-    truth = torch.linalg.solve(hessian + 0.1 * torch.eye(12, dtype=torch.float64), v)
-    for rank in (3, 5, 12):
-        assert error(run(quadratic(hessian, v), solver=Solver("nystrom", rank, damping=0.1)).q, truth) < 1e-8
-    assert error(run(quadratic(hessian, v), solver=Solver("nystrom", 2, damping=0.1)).q, truth) > 1e-2
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-3), (torch.float64, 1e-7)])
-def test_nystrom_of_more_than_the_hessians_rank_with_noisy_products(dtype, tolerance):
+@pytest.mark.parametrize(
+    "hvp, dtype, tolerance",
+    [("exact", torch.float64, 1e-8), ("finite", torch.float64, 1e-7), ("finite", torch.float32, 3e-3)],
+)
+def test_nystrom_is_exact_once_its_rank_reaches_that_of_the_hessian(hvp, dtype, tolerance):
     # Differences leave noise where the sketched Hessian has nothing: it must not be taken for curvature.
     factor, v = draw(60, 3, seed=27), draw(60, seed=28)
-    hessian = factor @ factor.T
-    truth = torch.linalg.solve(hessian + torch.eye(60, dtype=torch.float64), v)
-    problem = quadratic(hessian, v, dtype)
-    assert error(run(problem, solver=Solver("nystrom", 20, damping=1.0, hvp="finite")).q, truth) < tolerance
+    truth = torch.linalg.solve(factor @ factor.T + torch.eye(60, dtype=torch.float64), v)
+    problem = quadratic(factor @ factor.T, v, dtype)
+    for rank in (3, 5, 20, *([60] if dtype == torch.float64 else [])):
+        assert error(run(problem, solver=Solver("nystrom", rank, damping=1.0, hvp=hvp)).q, truth) < tolerance
+    assert error(run(problem, solver=Solver("nystrom", 1, damping=1.0, hvp=hvp)).q, truth) > 1e-2
 
 
 def test_nystrom_comes_closer_to_the_truth_with_its_rank():
     hessian, v = spd(16, seed=29, condition=1e5) / 1e3, draw(16, seed=30)
     truth = torch.linalg.solve(hessian + 0.1 * torch.eye(16, dtype=torch.float64), v)
     found = [run(quadratic(hessian, v), solver=Solver("nystrom", rank, damping=0.1)) for rank in (1, 4, 8, 12, 16)]
+    for f in found:
+        residual = residual_of(f.q, hessian + 0.1 * torch.eye(16, dtype=torch.float64), v)
+        assert f.residual == pytest.approx(residual, rel=1e-6, abs=1e-8)
     distances = [error(f.q, truth) for f in found]
     assert distances == sorted(distances, reverse=True)
     assert distances[-2] < 0.3 and distances[-1] < 1e-8
@@ -408,17 +362,15 @@ def test_neumann_estimates_its_step_from_the_largest_curvature(sign, hvp):
     alpha = (flat(found.q) @ v / (v @ v)).item()
     assert error(found.q, alpha * v) < 1e-10
     assert 1 / 100 * (1 - 1e-6) < alpha < 1 / 100 * 1.2
-    assert found.alpha == pytest.approx(alpha, rel=1e-9)
 
 
 def test_neumann_step_size_without_any_curvature():
-    problem = quadratic(torch.zeros(8, 8, dtype=torch.float64), draw(8, seed=22))
-    assert all(t.isfinite().all() for t in run(problem).phi.values())
+    v = draw(8, seed=22)
+    found = run(quadratic(torch.zeros(8, 8, dtype=torch.float64), v), solver=Solver("neumann", 1))
+    assert error(found.q, 2 * v) < 1e-12
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # 3. Finite against exact, on a small network with BatchNorm in training mode and dropout
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -535,101 +487,43 @@ def test_finite_steps_as_far_as_it_is_told_and_both_ways(step):
     assert error(seen[0], step * direction) < 1e-8 and error(seen[1], -step * direction) < 1e-8
 
 
-@pytest.mark.parametrize("unroll, carried", UNROLLS)
-def test_exact_equals_autograd_through_plain_finetuning_of_the_network(unroll, carried):
-    problem = network(dropout=0.0)
-    state = plain_moments(problem, with_steps(unroll, carried)) if carried else None
-    truth = plain_truth(problem, unroll, state)
-    ft_state = carried_state(problem, unroll, carried)
-    found = run(problem, unroll=unroll, solver=Solver("identity"), ft_state=ft_state)
-    assert all(e < 1e-8 for e in errors(found, truth).values()), errors(found, truth)
-    v = flat(truth.v)
-    assert error(flat(found.q), v) < 1e-8
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # 4. Central differences of everything: PT to its minimum, FT, validation
-# ---------------------------------------------------------------------------------------------------------------------
 
 
-def tanh_network():
-    """Non-convex, but with enough weight decay for a positive definite Hessian at the minimum."""
-    inputs, targets = draw(4, 8, 3, seed=41), draw(4, 8, 2, seed=42)
-    finetune_data, validation_data = (
-        (draw(10, 3, seed=43), draw(10, seed=44)),
-        (draw(10, 3, seed=45), draw(10, seed=46)),
-    )
+def shallow(activation, bias):
+    """Non-convex, one hidden layer; φ weighs examples, shifts inputs, and is the logarithm of the weight decay."""
+    units, inputs, targets = len(bias), draw(3, 10, 3, seed=61), draw(3, 10, seed=62)
 
     def features(theta, x):
-        return torch.tanh(x @ theta["w1"] + theta["b1"])
+        return activation(x @ theta["w"] + theta["b"])
 
     def pretrain_loss(theta, phi):
-        misfit = features(theta, inputs + phi["shift"]) @ theta["w2"] + theta["b2"] - targets
-        decay = sum(p.square().sum() for p in theta.values())
-        return phi["weight"] @ misfit.square().mean((1, 2)) + phi["log_decay"].exp() * decay
+        misfit = (features(theta, inputs[0] + phi["shift"]) @ theta["out"] - targets[0]).square()
+        return phi["weight"] @ misfit + phi["log_decay"].exp() * sum(p.square().sum() for p in theta.values())
 
-    def head_loss(data, theta, psi):
-        return nn.functional.softplus(-data[1].sign() * (features(theta, data[0]) @ psi["w"] + psi["b"])).mean()
+    def head_loss(split, theta, psi):
+        return (features(theta, inputs[split]) @ psi["out"] + psi["bias"] - targets[split]).square().mean()
 
     return SimpleNamespace(
+        name="shallow",
         pretrain_loss=pretrain_loss,
-        finetune_loss=lambda theta, psi: head_loss(finetune_data, theta, psi),
-        validation_loss=lambda theta, psi: head_loss(validation_data, theta, psi),
-        theta={
-            n: draw(*s, seed=47 + len(n) + len(s))
-            for n, s in (("w1", (3, 3)), ("b1", (3,)), ("w2", (3, 2)), ("b2", (2,)))
-        },
-        psi={"w": draw(3, seed=48), "b": draw(1, seed=49).squeeze()},
-        phi={
-            "weight": draw(4, seed=50).exp(),
-            "shift": draw(3, seed=51) / 5,
-            "log_decay": torch.tensor(0.02, dtype=torch.float64).log(),
-        },
-    )
-
-
-def unflat(vector, like):
-    pieces = vector.split([t.numel() for t in like.values()])
-    return {name: piece.view(t.shape) for piece, (name, t) in zip(pieces, like.items(), strict=True)}
-
-
-def newton(loss, theta, iterations):
-    """Newton's method to a gradient of 1e-12 or less; returns the minimum and the Hessian there."""
-    point = flat(theta)
-    of_vector = lambda x: loss(unflat(x, theta))
-    for _ in range(iterations):
-        gradient = torch.autograd.functional.jacobian(of_vector, point)
-        hessian = torch.autograd.functional.hessian(of_vector, point)
-        if gradient.norm() <= 1e-15:
-            break
-        point = point - torch.linalg.solve(hessian, gradient)
-    assert torch.autograd.functional.jacobian(of_vector, point).norm() <= 1e-12
-    return unflat(point, theta), hessian
+        finetune_loss=lambda theta, psi: head_loss(1, theta, psi),
+        validation_loss=lambda theta, psi: head_loss(2, theta, psi),
+        theta={"w": draw(3, 6, seed=63)[:, :units] / 5, "b": bias, "out": draw(6, seed=64)[:units] / 3},
+        psi={"out": draw(6, seed=65)[:units] / 3, "bias": torch.zeros((), dtype=torch.float64)},
+        phi={"weight": draw(10, seed=66).exp() / 10, "shift": draw(3, seed=67) / 5, "log_decay": draw(1, seed=68)[0] - 2.3},
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def pretrained():
-    """The network at its minimum, and the minima for each φ_i ± h, polished from there."""
-    problem, h = tanh_network(), 1e-5
-    rough = leaves(problem.theta)
-    lbfgs = torch.optim.LBFGS(list(rough.values()), max_iter=500, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
-
-    def closure():
-        lbfgs.zero_grad()
-        loss = problem.pretrain_loss(rough, problem.phi)
-        loss.backward()
-        return loss
-
-    lbfgs.step(closure)
-    problem.theta, hessian = newton(lambda theta: problem.pretrain_loss(theta, problem.phi), rough, iterations=6)
-    curvatures = torch.linalg.eigvalsh(hessian)
-    assert curvatures.min() > 0.01  # a proper minimum, and well enough conditioned for differences
+    """The network at its minimum, and the minima for each φ_i ± h."""
+    problem, h = shallow(torch.tanh, draw(4, seed=69) / 2), 1e-5
+    problem.theta = problems.minimise(problem, problem.phi, problem.theta)
     centre = flat(problem.phi)
-    problem.neighbours = []
-    for shift in h * torch.eye(len(centre), dtype=torch.float64):
-        for phi in (unflat(centre + shift, problem.phi), unflat(centre - shift, problem.phi)):
-            minimum, _ = newton(lambda theta, phi=phi: problem.pretrain_loss(theta, phi), problem.theta, iterations=4)
-            problem.neighbours.append(minimum)
+    shifts = [sign * h * e for e in torch.eye(len(centre), dtype=torch.float64) for sign in (1, -1)]
+    phis = [problems.unflat(centre + shift, problem.phi) for shift in shifts]
+    problem.neighbours = [problems.minimise(problem, phi, problem.theta) for phi in phis]
     problem.h = h
     return problem
 
@@ -655,13 +549,11 @@ def test_central_differences_of_the_whole_pipeline(pretrained, optimizer, lr, st
         assert error(run(pretrained, unroll=unroll, solver=solver).phi, truth) < 1e-5, solver
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # 5. The contract
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def copies(problem):
-    return {group: {n: t.clone() for n, t in getattr(problem, group).items()} for group in ("theta", "psi", "phi")}
+    return {group: {n: t.clone() for n, t in getattr(problem, group).items()} for group in GROUPS}
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
@@ -670,7 +562,7 @@ def copies(problem):
 def test_arguments_are_left_as_they_were(method, hvp, as_parameters):
     problem = network()
     if as_parameters:  # as `dict(module.named_parameters())` hands them over
-        for group in ("theta", "psi", "phi"):
+        for group in GROUPS:
             setattr(problem, group, {n: nn.Parameter(t) for n, t in getattr(problem, group).items()})
     before = copies(problem)
     identities = {group: {n: (id(t), t._version) for n, t in getattr(problem, group).items()} for group in before}
@@ -681,28 +573,33 @@ def test_arguments_are_left_as_they_were(method, hvp, as_parameters):
         params = getattr(problem, group)
         assert {n: (id(t), t._version) for n, t in params.items()} == tensors
         assert all(t.grad is None and t.requires_grad == as_parameters for t in params.values())
-    for field in ("phi", "psi0", "psi", "q"):
-        assert not any(t.requires_grad for t in getattr(found, field).values())
-    assert not found.value.requires_grad
+    results = [found.value, *(t for field in FIELDS for t in getattr(found, field).values())]
+    assert not any(t.requires_grad for t in results)
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
-@pytest.mark.parametrize("which", ["pretrain_loss", "finetune_loss", "validation_loss"])
-def test_arguments_are_left_as_they_were_when_a_loss_raises(which, hvp):
-    problem = network()
+@pytest.mark.parametrize("which", LOSSES)
+def test_a_loss_that_raises_leaves_arguments_as_they_were_and_the_generator_after_one_pass(which, hvp):
+    problem = network(dropout=0.0)
     before, loss = copies(problem), counted(getattr(problem, which))
     last = {"pretrain_loss": 4, "finetune_loss": 5, "validation_loss": 1}[which] if hvp == "finite" else 1
 
     def failing(first, second):
+        torch.rand(5)
         value = loss(first, second)
         if loss.calls == last:  # in the middle of a pair of passes, where there are pairs
             raise RuntimeError("out of memory")
         return value
 
     setattr(problem, which, failing)
+    torch.manual_seed(73)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(problem, unroll=Unroll(2, 0.1, scope="all"), solver=Solver("cg", 3, damping=1.0, hvp=hvp))
     assert same(before, copies(problem))
+    after = torch.get_rng_state()
+    torch.manual_seed(73)
+    torch.rand(5)
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -712,12 +609,8 @@ def test_results_have_keys_shapes_and_dtypes_of_the_parameters(method, hvp, dtyp
     problem = network(dtype)
     unroll = Unroll(1, 0.1, optimizer="adam")
     found = run(problem, unroll=unroll, solver=Solver(method, 3, damping=1.0, hvp=hvp))
-    for result, params in (
-        (found.phi, problem.phi),
-        (found.psi0, problem.psi),
-        (found.psi, problem.psi),
-        (found.q, problem.theta),
-    ):
+    for field, group in zip(FIELDS, ("phi", "psi", "psi", "theta"), strict=True):
+        result, params = getattr(found, field), getattr(problem, group)
         assert {n: (t.shape, t.dtype) for n, t in result.items()} == {n: (t.shape, t.dtype) for n, t in params.items()}
         assert list(result) == list(params)
     assert found.value.shape == () and found.value.dtype == dtype
@@ -739,15 +632,16 @@ def test_phi_may_have_a_dtype_of_its_own(method, hvp):
 
 
 def test_result_is_named_as_in_the_contract():
-    assert Hypergradient._fields[:7] == ("phi", "psi0", "value", "psi", "q", "ft_state", "residual")
-    parameters = list(inspect.signature(hypergradient).parameters.values())
+    assert Hypergradient._fields == ("phi", "psi0", "value", "psi", "q", "ft_state", "residual")
+    assert all(field in Hypergradient.__doc__ for field in Hypergradient._fields)
+    parameters = inspect.signature(hypergradient).parameters
     names = ["pretrain_loss", "finetune_loss", "validation_loss", "theta", "psi", "phi"]
-    assert [p.name for p in parameters[:6]] == names
-    keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    assert {"unroll", "solver", "q0", "ft_state", "preconditioner"} <= keywords
-    assert list(inspect.signature(Unroll).parameters)[:6] == ["steps", "lr", "betas", "eps", "optimizer", "scope"]
-    fields = ["method", "terms", "alpha", "damping", "tol", "seed", "hvp"]
-    assert list(inspect.signature(Solver).parameters)[:7] == fields
+    assert list(parameters)[:6] == names
+    keywords = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert keywords == {"unroll", "solver", "q0", "ft_state", "preconditioner", "reduce", "allow_unused"}
+    assert list(inspect.signature(Unroll).parameters) == ["steps", "lr", "betas", "eps", "optimizer", "scope", "hvp"]
+    fields = ["method", "terms", "alpha", "damping", "tol", "seed", "hvp", "step"]
+    assert list(inspect.signature(Solver).parameters) == fields
 
 
 def test_what_is_returned_shares_no_memory_with_the_arguments():
@@ -763,10 +657,8 @@ def test_what_is_returned_shares_no_memory_with_the_arguments():
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("method", METHODS)
 def test_unused_parameters_get_zeros(method, optimizer, hvp):
-    problem = ridge()
-    problem.phi = {**problem.phi, "unused": torch.ones(2, dtype=torch.float64)}
-    problem.psi = {**problem.psi, "unused": torch.ones(2, dtype=torch.float64)}
-    problem.theta = {**problem.theta, "unused": torch.ones(2, dtype=torch.float64)}
+    problem, unused = ridge(), {"unused": torch.ones(2, dtype=torch.float64)}
+    problem = changed(problem, **{group: getattr(problem, group) | unused for group in GROUPS})
     unroll = Unroll(2, 0.1, optimizer=optimizer, scope="all")
     solver = Solver(method, 5, damping=0.1, hvp=hvp, alpha=0.05)
     found = run(problem, unroll=unroll, solver=solver)
@@ -778,15 +670,62 @@ def test_unused_parameters_get_zeros(method, optimizer, hvp):
 
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("which", ["pretrain_loss", "finetune_loss", "validation_loss"])
-def test_a_loss_of_nothing_is_no_obstacle(which, optimizer, hvp):
-    problem = ridge()
-    setattr(problem, which, lambda first, second: torch.tensor(1.0, dtype=torch.float64))
+def test_a_finetuning_loss_of_nothing_leaves_psi(optimizer, hvp):
+    problem = changed(ridge(), finetune_loss=lambda theta, psi: torch.tensor(1.0, dtype=torch.float64))
     unroll = Unroll(2, 0.1, optimizer=optimizer, scope="all")
-    found = run(problem, unroll=unroll, solver=Solver("neumann", 1, alpha=0.05, hvp=hvp))
-    assert same(found.psi, problem.psi) == (which == "finetune_loss")
-    assert flat(found.phi).any() == (which == "finetune_loss")
-    assert flat(found.psi0).any() == (which != "validation_loss")
+    found = run(problem, unroll=unroll, solver=Solver("cg", 5, hvp=hvp))
+    truth = run(problem, unroll=Unroll(0), solver=Solver("cg", 5, hvp=hvp))
+    assert same(found.psi, problem.psi) and error(found.phi, truth.phi) < 1e-12
+
+
+UNCONNECTED = {
+    "theta": ("pretrain_loss", lambda p, theta, phi: p.pretrain_loss(p.theta, phi)),
+    "phi": ("pretrain_loss", lambda p, theta, phi: p.pretrain_loss(theta, p.phi)),
+    "theta or psi": ("validation_loss", lambda p, theta, psi: p.validation_loss(p.theta, p.psi)),
+}
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("method, terms", [*((m, 3) for m in METHODS), ("nystrom", FULL_RANK)])
+@pytest.mark.parametrize("group", UNCONNECTED)
+@pytest.mark.parametrize("zero_v", [False, True])
+@pytest.mark.parametrize("own_parameters", [False, True])
+def test_a_loss_without_a_path_is_the_likeliest_mistake(group, method, terms, zero_v, own_parameters, hvp):
+    problem = ridge()
+    if zero_v:
+        problem.validation_loss = lambda theta, psi: psi["a"].square().sum()
+    if own_parameters:  # as a module that is called by itself has them
+        problem.theta = {name: nn.Parameter(t) for name, t in problem.theta.items()}
+    which, loss = UNCONNECTED[group]
+    broken = changed(problem, **{which: lambda first, second: loss(problem, first, second)})
+    damping = 0.1 if terms == 3 else 0.0
+    solver = Solver(method, terms, damping=damping, hvp=hvp, alpha=0.05)
+    with pytest.raises(ValueError, match=f"{which} .*{group}.*functional_call.*allow_unused"):
+        run(broken, unroll=Unroll(0), solver=solver)
+    found = run(broken, unroll=Unroll(0), solver=solver, allow_unused=True)
+    assert not flat(found.phi).any()
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("which", ["pretrain_loss", "validation_loss"])
+def test_a_connected_zero_stays_zero(which, method, hvp):
+    problem = ridge()
+    loss = getattr(problem, which)
+    problem = changed(problem, **{which: lambda first, second: 0 * loss(first, second)})
+    assert not flat(run(problem, solver=Solver(method, 2, damping=0.1, hvp=hvp)).phi).any()
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("hvp", ["exact", "finite"])
+def test_ft_may_have_no_head_of_its_own(scope, hvp):
+    loss = lambda theta, psi: theta["weight"].square().sum()
+    problem = changed(ridge(), psi={}, finetune_loss=loss, validation_loss=loss)
+    found = run(problem, unroll=Unroll(2, 0.1, scope=scope), solver=Solver("cg", 5, hvp=hvp))
+    shrunk = 1 - 2 * 0.1 if scope == "all" else 1
+    v = torch.cat([2 * shrunk**4 * flat(problem.theta["weight"]), torch.zeros(3, dtype=torch.float64)])
+    assert error(found.q, torch.linalg.solve(ridge_hessian(problem), v)) < 1e-6
+    assert found.psi == found.psi0 == {}
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
@@ -799,37 +738,13 @@ def test_a_loss_that_is_linear_has_no_curvature_to_go_through(hvp):
     assert error(found.q, truth.v) < 1e-8 and error(found.psi0, truth.psi0) < 1e-8
 
 
-def relu_network(units):
-    """PT and FT on relu features of which only the first four are ever on: unit five and six are dead."""
-    inputs, targets = draw(3, 10, 3, seed=61), draw(3, 10, seed=62)
-    bias = torch.tensor([3.0, 3, 3, 3, -50, -50], dtype=torch.float64)[:units]
-
-    def features(theta, x):
-        return torch.relu(x @ theta["w"] + theta["b"])
-
-    def pretrain_loss(theta, phi):
-        misfit = (features(theta, inputs[0]) @ theta["out"] - targets[0]).square()
-        return phi["weight"] @ misfit + 0.1 * sum(p.square().sum() for p in theta.values())
-
-    def head_loss(split, theta, psi):
-        return (features(theta, inputs[split]) @ psi["out"] + psi["bias"] - targets[split]).square().mean()
-
-    return SimpleNamespace(
-        pretrain_loss=pretrain_loss,
-        finetune_loss=lambda theta, psi: head_loss(1, theta, psi),
-        validation_loss=lambda theta, psi: head_loss(2, theta, psi),
-        theta={"w": draw(3, 6, seed=63)[:, :units] / 5, "b": bias, "out": draw(6, seed=64)[:units] / 3},
-        psi={"out": draw(6, seed=65)[:units] / 3, "bias": torch.zeros((), dtype=torch.float64)},
-        phi={"weight": draw(10, seed=66).exp() / 10},
-    )
-
-
 @pytest.mark.parametrize("unroll, carried", [p for p in UNROLLS if "adam" in p.id])
 @pytest.mark.parametrize("hvp, tolerance", [("exact", 1e-8), ("finite", 1e-6)])
 def test_dead_units_do_as_if_they_were_not_there(unroll, carried, hvp, tolerance):
-    found = {}
+    bias = torch.tensor([3.0, 3, 3, 3, -50, -50], dtype=torch.float64)  # relu: always on, never on
+    found, without = {}, shallow(torch.relu, bias[:4])
     for units in (4, 6):
-        problem = relu_network(units)
+        problem = shallow(torch.relu, bias[:units])
         ft_state = carried_state(problem, unroll, carried)
         found[units] = run(problem, unroll=unroll, solver=Solver("cg", 20, hvp=hvp, damping=1.0), ft_state=ft_state)
     assert error(found[6].phi, found[4].phi) < tolerance
@@ -840,7 +755,7 @@ def test_dead_units_do_as_if_they_were_not_there(unroll, carried, hvp, tolerance
     assert not found[6].q["w"][:, 4:].any() and not found[6].q["out"][4:].any()
     assert torch.equal(found[6].psi["out"][4:], problem.psi["out"][4:])
     # And against plain FT of the network without the dead units.
-    truth = plain_truth(relu_network(4), unroll, plain_moments(relu_network(4), with_steps(unroll, carried)))
+    truth = plain_truth(without, unroll, plain_moments(without, with_steps(unroll, carried)))
     assert error(found[4].psi0, truth.psi0) < tolerance
 
 
@@ -879,219 +794,184 @@ def test_a_first_gradient_of_exactly_zero(hvp):
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, warm", WARM_AND_COLD)
 @pytest.mark.parametrize("steps", [0, 2])
-def test_zero_v_gives_zeros(method, hvp, steps):
+def test_zero_v_gives_zeros(method, warm, hvp, steps):
     problem = ridge()
     problem.finetune_loss = lambda theta, psi: psi["a"].square().sum()
     problem.validation_loss = lambda theta, psi: (psi["a"] - 1).square().sum()
-    unroll = Unroll(steps, 0.1, optimizer="adam")
-    found = run(problem, unroll=unroll, solver=Solver(method, 5, damping=0.1, hvp=hvp))
+    unroll, solver = Unroll(steps, 0.1, optimizer="adam"), Solver(method, 5, damping=0.1, hvp=hvp)
+    found = run(problem, unroll=unroll, solver=solver, q0=problem.theta if warm else None)
     assert not flat(found.phi).any() and not flat(found.q).any()
     assert all(t.isfinite().all() for t in (flat(found.phi), flat(found.q)))
     assert flat(found.psi0).any()
     assert found.residual == 0 or math.isnan(found.residual)
 
 
-@pytest.mark.parametrize("method", ["cg", "neumann"])
-def test_zero_v_gives_zeros_whatever_q0_says(method):
-    problem = ridge()
-    problem.validation_loss = lambda theta, psi: psi["a"].sum()
-    found = run(problem, unroll=Unroll(0), solver=Solver(method, 2), q0=problem.theta)
-    assert not flat(found.phi).any() and not flat(found.q).any()
-
-
-@pytest.mark.parametrize("method", ["identity", "nystrom"])
-def test_q0_for_a_solver_that_does_not_iterate_is_an_error(method):
-    problem = ridge()
-    with pytest.raises(ValueError, match="q0"):
-        run(problem, solver=Solver(method, FULL_RANK), q0=problem.theta)
-
-
-@pytest.mark.parametrize("method", ["identity", "neumann", "nystrom"])
-def test_preconditioner_for_anything_but_cg_is_an_error(method):
-    with pytest.raises(ValueError, match="preconditioner"):
-        run(ridge(), solver=Solver(method, FULL_RANK), preconditioner=lambda r: r)
-
-
-def test_nystrom_below_full_rank_needs_damping():
-    problem = ridge()  # 15 parameters
-    with pytest.raises(ValueError, match="damping"):
-        run(problem, solver=Solver("nystrom", 14))
-    run(problem, solver=Solver("nystrom", 14, damping=0.1))
-    run(problem, solver=Solver("nystrom", 15))
+def state_of(problem, scope):
+    return run(problem, unroll=Unroll(1, optimizer="adam", scope=scope)).ft_state
 
 
 @pytest.mark.parametrize(
-    "make",
+    "kind, match, call",
     [
-        lambda: Solver("adjoint"),
-        lambda: Solver(hvp="complex"),
-        lambda: Solver(terms=-1),
-        lambda: Solver("nystrom", 0),
-        lambda: Solver(damping=-1.0),
-        lambda: Solver(alpha=0.0),
-        lambda: Unroll(-1),
-        lambda: Unroll(optimizer="lion"),
-        lambda: Unroll(hvp="complex"),
-        lambda: Unroll(scope="theta"),
+        (ValueError, "q0", lambda p: run(p, solver=Solver("identity"), q0=p.theta)),
+        (ValueError, "q0", lambda p: run(p, solver=Solver("nystrom", FULL_RANK), q0=p.theta)),
+        (ValueError, "preconditioner", lambda p: run(p, solver=Solver("neumann"), preconditioner=lambda r: r)),
+        (ValueError, "preconditioner", lambda p: run(p, solver=Solver("nystrom", 99), preconditioner=lambda r: r)),
+        (ValueError, "damping", lambda p: run(p, solver=Solver("nystrom", 14))),  # of 15 parameters
+        *((ValueError, "finetune_loss", lambda p, n=n: run(changed(p, finetune_loss=[p.finetune_loss] * n),
+                                                          unroll=Unroll(3))) for n in (0, 2, 4)),
+        (ValueError, "scalar", lambda p: run(changed(p, validation_loss=lambda theta, psi: theta["bias"]))),
+        *((ValueError, "ft_state", lambda p, scopes=scopes: run(p, unroll=Unroll(1, optimizer="adam", scope=scopes[0]),
+                                                               ft_state=state_of(p, scopes[1])))
+          for scopes in (("all", "head"), ("head", "all"))),
+        (ValueError, "theta and phi", lambda p: run(changed(p, phi={}))),
+        *((TypeError, f"{name} is (Tensor|Linear|dict).*named_parameters", lambda p, name=name, given=given:
+           run(changed(p, **{name: given})))
+          for name in ("theta", "psi", "phi") for given in (torch.ones(2), nn.Linear(2, 2), {"w": 1.0})),
+        (TypeError, "q0 is Linear", lambda p: run(p, q0=nn.Linear(2, 2))),
+        *((ValueError, "(Solver|Unroll)[.]", lambda p, make=make: make()) for make in (
+            lambda: Solver("adjoint"), lambda: Solver(hvp="complex"), lambda: Solver(terms=-1),
+            lambda: Solver("nystrom", 0), lambda: Solver(damping=-1.0), lambda: Solver(alpha=0.0),
+            lambda: Solver(step=0.0), lambda: Unroll(-1), lambda: Unroll(optimizer="lion"),
+            lambda: Unroll(hvp="complex"), lambda: Unroll(scope="theta"))),
     ],
-)
-def test_unknown_settings_are_errors(make):
-    with pytest.raises(ValueError):
-        make()
+)  # fmt: skip
+def test_what_does_not_fit_is_named(kind, match, call):
+    with pytest.raises(kind, match=match):
+        call(ridge())
 
 
-@pytest.mark.parametrize("count", [0, 2, 4])
-def test_a_sequence_of_losses_has_one_for_each_step(count):
-    problem = ridge()
-    with pytest.raises(ValueError, match="finetune_loss"):
-        run(changed(problem, finetune_loss=[problem.finetune_loss] * count), unroll=Unroll(3))
-
-
-def test_a_loss_that_is_not_a_scalar_is_an_error():
-    problem = ridge()
-    with pytest.raises(ValueError, match="scalar"):
-        run(changed(problem, validation_loss=lambda theta, psi: theta["bias"]))
-
-
-def test_ft_state_of_a_narrower_scope_is_an_error():
-    problem = ridge()
-    state = run(problem, unroll=Unroll(1, optimizer="adam", scope="head")).ft_state
-    with pytest.raises(ValueError, match="ft_state"):
-        run(problem, unroll=Unroll(1, optimizer="adam", scope="all"), ft_state=state)
-
-
-def indefinite():
-    """Positive curvature along the first two cg directions, negative along the third."""
-    hessian = torch.diag(torch.tensor([6.0, 5, 4, 3, 2, 1, 0.5, -2], dtype=torch.float64))
-    v = torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 0.35], dtype=torch.float64)
-    return hessian, v
-
-
-def plain_cg(hessian, v, terms):
-    """Hestenes and Stiefel, until the curvature is not positive; returns the last iterate and the iterations made."""
-    q, r = torch.zeros_like(v), v.clone()
-    p = r.clone()
-    for made in range(terms):
-        if p @ hessian @ p <= 0:
-            return q, made
-        a = (r @ r) / (p @ hessian @ p)
-        q, next_r = q + a * p, r - a * hessian @ p
-        p = next_r + (next_r @ next_r) / (r @ r) * p
-        r = next_r
-    return q, terms
+INDEFINITE = torch.tensor([6.0, 5, 4, 3, 2, 1, 0.5, -2], dtype=torch.float64).diag()  # along the third cg direction
+CURVED_ALONG = torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 0.35], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
-def test_cg_that_meets_negative_curvature_returns_its_last_iterate(hvp):
-    hessian, v = indefinite()
-    truth, made = plain_cg(hessian, v, 20)
-    assert 1 < made < 8
-    found = run(quadratic(hessian, v), solver=Solver("cg", 20, hvp=hvp))
-    assert error(found.q, truth) < 1e-6 and error(found.phi, truth) < 1e-6
-    assert found.residual == pytest.approx(residual_of(truth, hessian, v), rel=1e-5)
+@pytest.mark.parametrize("hessian, made", [(INDEFINITE, 2), (-spd(8, seed=21), 0)])
+def test_cg_that_meets_negative_curvature_returns_its_last_iterate(hessian, made, hvp):
+    truth = krylov_solution(hessian, CURVED_ALONG, made) if made else torch.zeros(8, dtype=torch.float64)
+    found = run(quadratic(hessian, CURVED_ALONG), solver=Solver("cg", 20, hvp=hvp))
+    assert max((flat(found.q) - truth).norm(), (flat(found.phi) - truth).norm()) <= 1e-6 * truth.norm()
+    assert found.residual == pytest.approx(residual_of(truth, hessian, CURVED_ALONG), rel=1e-5)
+
+
+def rough(problem):
+    """L_PT with finite value and slope, zero, and infinite curvature at this θ."""
+    loss, weight = problem.pretrain_loss, problem.theta["weight"]
+    return lambda theta, phi: loss(theta, phi) + (theta["weight"] - weight).abs().pow(1.5).sum()
+
+
+NOT_FINITE = [
+    ("L_V", lambda p: {"validation_loss": lambda theta, psi: psi["a"].sum() * math.inf}, Solver()),
+    (r"\bv\b.*weight", lambda p: {"validation_loss": lambda theta, psi: (theta["weight"] * 0).sqrt().sum()}, Solver()),
+    *((r"\bq\b", lambda p: {"pretrain_loss": rough(p)}, Solver(method, terms, alpha=0.1, damping=0.1))
+      for method, terms in (("neumann", 4), ("neumann", 20), ("cg", 4), ("nystrom", 4), ("nystrom", FULL_RANK))),
+    *((r"\bq\b", lambda p: {}, Solver("neumann", 60, alpha=1e10, hvp=hvp)) for hvp in ("exact", "finite")),
+    *((r"\bphi\b.*root",  # the root is finite, its slope is not
+       lambda p: {"phi": {**p.phi, "root": torch.zeros((), dtype=torch.float64)}, "pretrain_loss":
+                  lambda theta, phi: p.pretrain_loss(theta, phi) + phi["root"].sqrt() * theta["weight"].sum()},
+       Solver(method, terms, alpha=0.1))
+      for method, terms in (("identity", 1), ("neumann", 1), ("cg", 3), ("nystrom", FULL_RANK))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, change, solver", NOT_FINITE)
+def test_what_is_not_finite_is_named(name, change, solver):
+    problem = ridge()
+    with pytest.raises(FloatingPointError, match=name):
+        run(changed(problem, **change(problem)), solver=solver)
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
-def test_cg_that_starts_at_negative_curvature_returns_zeros(hvp):
-    hessian, v = -spd(8, seed=21), draw(8, seed=22)
-    found = run(quadratic(hessian, v), solver=Solver("cg", 20, hvp=hvp))
-    assert not flat(found.q).any() and not flat(found.phi).any()
-    assert found.residual == 1
-
-
-def test_non_finite_value_is_named():
-    with pytest.raises(FloatingPointError, match="value|L_V"):
-        run(changed(ridge(), validation_loss=lambda theta, psi: psi["a"].sum() * math.inf))
-
-
-def test_non_finite_v_is_named():
-    def validation_loss(theta, psi):  # finite, with an infinite slope
-        return psi["b"] + (theta["weight"] * 0).sqrt().sum()
-
-    with pytest.raises(FloatingPointError, match=r"\bv\b.*weight"):
-        run(changed(ridge(), validation_loss=validation_loss))
-
-
-@pytest.mark.parametrize("terms", [4, FULL_RANK])
-@pytest.mark.parametrize("method", ["neumann", "cg", "nystrom"])
-def test_non_finite_q_is_named(method, terms):
-    problem = ridge()
-
-    def pretrain_loss(theta, phi):  # finite with a finite slope, zero, and infinite curvature
-        return problem.pretrain_loss(theta, phi) + (theta["weight"] - problem.theta["weight"]).abs().pow(1.5).sum()
-
-    solver = Solver(method, min(terms, 20) if method != "nystrom" else terms, alpha=0.1, damping=0.1)
-    with pytest.raises(FloatingPointError, match=r"\bq\b"):
-        run(changed(problem, pretrain_loss=pretrain_loss), solver=solver)
-
-
-@pytest.mark.parametrize("hvp", ["exact", "finite"])
-def test_neumann_that_diverges_is_named(hvp):
-    with pytest.raises(FloatingPointError, match=r"\bq\b"):
-        run(ridge(), solver=Solver("neumann", 60, alpha=1e10, hvp=hvp))
-
-
-@pytest.mark.parametrize("method, terms", [("identity", 1), ("neumann", 1), ("cg", 3), ("nystrom", FULL_RANK)])
-def test_non_finite_phi_is_named(method, terms):
-    problem = ridge()
-    problem.phi = {**problem.phi, "root": torch.zeros((), dtype=torch.float64)}
-
-    def pretrain_loss(theta, phi):  # the root is finite, its slope is not
-        return problem.pretrain_loss(theta, phi) + phi["root"].sqrt() * theta["weight"].sum()
-
-    with pytest.raises(FloatingPointError, match=r"\bphi\b.*root"):
-        run(changed(problem, pretrain_loss=pretrain_loss), solver=Solver(method, terms, alpha=0.1))
+@pytest.mark.parametrize("scales, warned", [((10, 20), 1), ((1, 1.1), 0)])
+def test_a_solve_that_is_no_better_than_nothing_warns_once_and_names_the_caller(scales, warned, hvp):
+    problem = quadratic(spd(8, seed=21), draw(8, seed=22))
+    truth = run(problem, solver=Solver("nystrom", 8)).q
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for scale in scales:  # q0 is off by its multiple of v, and the calls are made on one line
+            q0 = {name: scale * t for name, t in truth.items()}
+            found = run(problem, solver=Solver("neumann", 1, alpha=0.01, hvp=hvp), q0=q0)
+            assert found.residual == pytest.approx(scale - 1, abs=1e-6)
+    assert [w.filename for w in caught] == [__file__] * warned
 
 
 @pytest.mark.parametrize("scope", ["head", "all"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_two_calls_of_one_step_are_one_call_of_two(optimizer, scope):
     problem = ridge()
+    losses = [problem.finetune_loss] * 2
     if scope == "all":  # θ_K is discarded between calls: a first step that leaves θ alone makes the two alike
-        loss = problem.finetune_loss
-        first = lambda theta, psi: loss({n: t.detach() for n, t in theta.items()}, psi)
-        losses = [first, loss]
-    else:
-        losses = [problem.finetune_loss] * 2
+        losses[0] = lambda theta, psi: losses[1]({n: t.detach() for n, t in theta.items()}, psi)
     one = Unroll(1, 0.1, optimizer=optimizer, scope=scope)
     half = run(changed(problem, finetune_loss=losses[0]), unroll=one)
     two_calls = run(changed(problem, finetune_loss=losses[1], psi=half.psi), unroll=one, ft_state=half.ft_state)
     one_call = run(changed(problem, finetune_loss=losses), unroll=with_steps(one, 2))
     assert error(two_calls.psi, one_call.psi) < 1e-12 and error(two_calls.value, one_call.value) < 1e-12
-    # What the state consists of is the core's own business: that both states lead on alike is not.
-    third = [
-        run(problem, unroll=one, ft_state=call.ft_state, solver=Solver("identity")) for call in (two_calls, one_call)
-    ]
-    assert error(third[0].psi, third[1].psi) < 1e-12 and error(third[0].q, third[1].q) < 1e-10
+    assert two_calls.ft_state.keys() == one_call.ft_state.keys()
+    assert all(error(two_calls.ft_state[k], t) < 1e-12 for k, t in one_call.ft_state.items() if k != "step")
 
 
-def test_an_empty_ft_state_is_a_fresh_one():
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_steps_beside_pretraining_and_those_of_a_call_go_on_from_each_other(optimizer):
+    """`finetune_step` on ψ by name, and ft_state of scope "head": the same numbers, to the last bit."""
+    problem, unroll = ridge(), Unroll(1, 0.1, (0.8, 0.95), optimizer=optimizer)
+
+    def beside(psi, state):
+        moving = leaves(psi)
+        grads = torch.autograd.grad(problem.finetune_loss(problem.theta, moving), list(moving.values()))
+        return finetune_step(psi, dict(zip(psi, grads)), unroll, state)
+
+    def within(psi, state):
+        found = run(changed(problem, psi=psi), unroll=unroll, ft_state=state)
+        return found.psi, found.ft_state
+
+    ends = []
+    for ways in ((beside, beside, beside), (within, within, within), (beside, within, beside)):
+        psi, state = problem.psi, None
+        for way in ways:
+            psi, state = way(psi, state)
+        ends.append((psi, state))
+    assert all(same(psi, ends[0][0]) and same(state, ends[0][1]) for psi, state in ends)
+    assert optimizer == "sgd" or ends[0][1]["step"] == 3
+
+
+def test_ft_state_is_left_as_it_was_and_an_empty_one_is_fresh():
     problem, unroll = ridge(), Unroll(2, 0.1, optimizer="adam")
-    assert same(run(problem, unroll=unroll, ft_state={}).phi, run(problem, unroll=unroll).phi)
+    fresh = run(problem, unroll=unroll)
+    copy = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in fresh.ft_state.items()}
+    run(problem, unroll=unroll, ft_state=fresh.ft_state)
+    assert same(fresh.ft_state, copy)
+    assert same(run(problem, unroll=unroll, ft_state={}).phi, fresh.phi)
 
 
-def test_ft_state_is_left_as_it_was():
-    problem, unroll = ridge(), Unroll(2, 0.1, optimizer="adam")
-    state = run(problem, unroll=unroll).ft_state
-    copy = {k: {n: t.clone() for n, t in v.items()} if isinstance(v, dict) else v for k, v in state.items()}
-    run(problem, unroll=unroll, ft_state=state)
-    assert same(state, copy)
+@pytest.mark.parametrize("hvp, tolerance", [("exact", 1e-12), ("finite", 1e-7)])
+@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    "solver, warm", [*((p.values[0], False) for p in SOLVERS), *((p.values[0], True) for p in SOLVERS[1:4])]
+)
+def test_sums_over_ranks_of_shares_are_the_whole(solver, warm, optimizer, scope, hvp, tolerance):
+    """Two ranks with half of each loss, played by one: a place that is not summed is half of what it should be."""
+    problem = network(dropout=0.0)
+    halves = {name: lambda *at, name=name: getattr(problem, name)(*at) / 2 for name in LOSSES}
+    unroll = Unroll(2, 0.1, (0.8, 0.95), 1e-2, optimizer, scope)
+    options = {"unroll": unroll, "solver": Solver(**solver, hvp=hvp), "q0": problem.theta if warm else None}
+    options["ft_state"] = carried_state(problem, unroll, 2)
+    whole = run(problem, **options)
+    for double in (lambda d: {n: 2 * t for n, t in d.items()}, lambda d: {n: t.mul_(2) for n, t in d.items()}):
+        found = run(changed(problem, **halves), reduce=double, **options)
+        assert all(e < tolerance for e in errors(found, whole).values()), errors(found, whole)
+        assert found.residual == pytest.approx(whole.residual, rel=1e-6, abs=1e-9, nan_ok=True)
 
 
-@pytest.mark.parametrize("hvp", ["exact", "finite"])
-def test_nothing_flows_through_the_first_step_of_a_fresh_adam_but_through_one_with_moments(hvp):
-    problem, unroll = ridge(), Unroll(1, 0.5, optimizer="adam")
-    state = run(problem, unroll=with_steps(unroll, 2)).ft_state
-    for ft_state, flows in ((None, False), (state, True)):
-        found = run(problem, unroll=unroll, solver=Solver("identity", hvp=hvp), ft_state=ft_state)
-        theta = leaves(problem.theta)  # the direct part: ψ_1 as a constant
-        direct = torch.autograd.grad(problem.validation_loss(theta, found.psi), theta["weight"])[0]
-        if flows:
-            assert error(found.q["weight"], direct) > 1e-2
-        else:
-            assert error(found.q["weight"], direct) < 1e-5
+def test_what_is_summed_in_place_is_memory_of_its_own():
+    problem = ridge()
+    problem.validation_loss = lambda theta, psi: (theta["weight"] + psi["b"]).sum()  # gradients that are views of one 1
+    double = lambda d: {name: t.mul_(2) for name, t in d.items()}
+    found = run(problem, reduce=double, unroll=Unroll(0), solver=Solver("identity"))
+    assert torch.equal(found.q["weight"], torch.full((4, 3), 2.0, dtype=torch.float64)) and found.psi0["b"] == 24
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
@@ -1110,38 +990,31 @@ def test_the_callers_grad_mode_does_not_matter(mode, hvp):
 
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
 def test_losses_of_one_element_are_scalars_too(hvp):
-    problem = ridge()
-    options = {"unroll": Unroll(2, 0.1), "solver": Solver("cg", 5, hvp=hvp)}
-    losses = [
-        lambda a, b, f=f: f(a, b).view(1)
-        for f in (problem.pretrain_loss, problem.finetune_loss, problem.validation_loss)
-    ]
-    found = hypergradient(*losses, problem.theta, problem.psi, problem.phi, **options)
+    problem, options = ridge(), {"unroll": Unroll(2, 0.1), "solver": Solver("cg", 5, hvp=hvp)}
+    losses = {name: lambda *at, name=name: getattr(problem, name)(*at).view(1) for name in LOSSES}
+    found = run(changed(problem, **losses), **options)
     assert same(found.phi, run(problem, **options).phi)
     assert found.value.shape == ()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # 6. The random state
-# ---------------------------------------------------------------------------------------------------------------------
 
 
-def noisy(problem, masks, log):
-    """Each loss drops inputs at random, as many as only it draws, and notes its masks."""
+def noisy(problem, masks, one):
+    """Each loss draws as many numbers as only it does, depends on them, and notes them. `one`: of FT for all steps."""
 
     def with_mask(name, size, loss):
         def wrapped(first, second):
-            log.append(name)
-            mask = torch.rand(size) < 0.8
-            masks.setdefault(name, []).append(mask)
-            return loss(first, second) * (0.5 + mask.double().mean()) + 0 * mask.double().sum()
+            masks.setdefault(name, []).append(torch.rand(size) < 0.8)
+            return loss(first, second) * (0.5 + masks[name][-1].double().mean())
 
         return wrapped
 
+    finetune = [with_mask(f"finetune {k}", 17 + k, problem.finetune_loss) for k in range(1 if one else 3)]
     return changed(
         problem,
         pretrain_loss=with_mask("pretrain", 31, problem.pretrain_loss),
-        finetune_loss=[with_mask(f"finetune {k}", 17 + k, problem.finetune_loss) for k in range(3)],
+        finetune_loss=finetune[0] if one else finetune,
         validation_loss=with_mask("validation", 23, problem.validation_loss),
     )
 
@@ -1149,78 +1022,41 @@ def noisy(problem, masks, log):
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("zero_v", [False, True])
-def test_every_pass_over_the_same_data_draws_the_same_and_the_generator_moves_by_one_pass(method, hvp, zero_v):
-    problem = ridge()
+@pytest.mark.parametrize("one", [False, True])
+def test_every_pass_over_the_same_data_draws_the_same_and_the_generator_moves_by_one_pass(method, hvp, zero_v, one):
+    problem, masks, truth = ridge(), {}, {}
     if zero_v:
         problem.finetune_loss = problem.validation_loss = lambda theta, psi: psi["a"].square().sum()
-    masks, log, truth = {}, [], {}
     torch.manual_seed(71)
-    alone = noisy(problem, truth, [])
-    for loss in (*alone.finetune_loss, alone.validation_loss):
+    alone = noisy(problem, truth, one)
+    for loss in ([alone.finetune_loss] if one else alone.finetune_loss) + [alone.validation_loss]:
         loss(problem.theta, problem.psi)
     alone.pretrain_loss(problem.theta, problem.phi)
     after = torch.get_rng_state()
 
     torch.manual_seed(71)
-    run(noisy(problem, masks, log), unroll=Unroll(3, 0.1), solver=Solver(method, 3, damping=0.1, hvp=hvp))
+    solver = Solver(method, 3, damping=0.1, hvp=hvp)
+    run(noisy(problem, masks, one), unroll=Unroll(3, 0.1), solver=solver, allow_unused=True)
     assert torch.equal(torch.get_rng_state(), after)
     assert masks.keys() == truth.keys()
     for name, seen in masks.items():
         assert all(torch.equal(mask, truth[name][0]) for mask in seen), name
     if hvp == "finite" and not zero_v:
         assert all(len(seen) >= 2 for name, seen in masks.items() if name != "validation")
+    assert len(masks["finetune 0"]) >= (3 if one else 1)
 
 
-@pytest.mark.parametrize("hvp", ["exact", "finite"])
-def test_one_loss_for_all_steps_is_one_batch_and_draws_alike_in_all_of_them(hvp):
-    problem, masks = ridge(), []
-
-    def finetune_loss(theta, psi):
-        masks.append(torch.rand(9) < 0.5)
-        return problem.finetune_loss(theta, psi)
-
-    torch.manual_seed(72)
-    run(changed(problem, finetune_loss=finetune_loss), unroll=Unroll(3, 0.1), solver=Solver("identity", hvp=hvp))
-    after = torch.get_rng_state()
-    torch.manual_seed(72)
-    torch.rand(9)
-    assert torch.equal(torch.get_rng_state(), after)
-    assert len(masks) >= 3 and all(torch.equal(mask, masks[0]) for mask in masks)
-
-
-def test_a_loss_that_raises_in_a_replay_leaves_the_generator_where_one_pass_does():
-    problem = ridge()
-
-    def pretrain_loss(theta, phi):
-        torch.rand(5)
-        pretrain_loss.calls += 1
-        if pretrain_loss.calls == 3:
-            raise RuntimeError("out of memory")
-        return problem.pretrain_loss(theta, phi)
-
-    pretrain_loss.calls = 0
-    torch.manual_seed(73)
-    with pytest.raises(RuntimeError):
-        run(changed(problem, pretrain_loss=pretrain_loss), solver=Solver("cg", 3, hvp="finite"))
-    after = torch.get_rng_state()
-    torch.manual_seed(73)
-    torch.rand(5)
-    assert torch.equal(torch.get_rng_state(), after)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # 7. Warm starts, and how many passes a call takes
-# ---------------------------------------------------------------------------------------------------------------------
 
 
-def counting(problem):
+def counting_pretraining(problem):
     return changed(problem, pretrain_loss=counted(problem.pretrain_loss))
 
 
 def test_cg_from_the_solution_stops_at_once():
     problem = ridge()
     first = run(problem, solver=Solver("cg", 50, tol=1e-12))
-    problem = counting(problem)
+    problem = counting_pretraining(problem)
     again = run(problem, solver=Solver("cg", 50, tol=1e-6, hvp="finite"), q0=first.q)
     assert same(again.q, first.q)
     assert error(again.phi, first.phi) < 1e-6
@@ -1267,7 +1103,7 @@ def test_warm_neumann_goes_on_and_reports_the_last_q_it_took_a_product_of(terms,
 
 
 def test_neumann_carried_over_calls_converges_at_two_passes_a_call():
-    problem, unroll = counting(ridge()), Unroll(1, 0.1)
+    problem, unroll = counting_pretraining(ridge()), Unroll(1, 0.1)
     hessian = ridge_hessian(problem)
     truth = torch.linalg.solve(hessian, flat(plain_truth(problem, unroll).v))
     solver = Solver("neumann", 1, alpha=1 / torch.linalg.eigvalsh(hessian).max().item(), hvp="finite")
@@ -1282,121 +1118,41 @@ def test_neumann_carried_over_calls_converges_at_two_passes_a_call():
     assert found.residual < 1e-6
 
 
-@pytest.mark.parametrize("terms", [1, 3, 5])
-def test_finite_cg_takes_two_passes_an_iteration(terms):
-    problem = counting(quadratic(spd(8, seed=21), draw(8, seed=22)))
-    run(problem, solver=Solver("cg", terms, hvp="finite"))
-    assert problem.pretrain_loss.calls == 2 * terms
-
-
-def test_warm_finite_cg_takes_two_passes_more():
-    problem = counting(quadratic(spd(8, seed=21), draw(8, seed=22)))
-    run(problem, solver=Solver("cg", 3, hvp="finite"), q0=problem.theta)
-    assert problem.pretrain_loss.calls == 2 * 4
-
-
 @pytest.mark.parametrize("terms", [1, 4, 20])
 @pytest.mark.parametrize("alpha", [0.05, None])
 @pytest.mark.parametrize("method", METHODS)
 def test_exact_takes_one_pass_for_any_number_of_terms(method, terms, alpha):
-    problem = counting(ridge())
+    problem = counting_pretraining(ridge())
     run(problem, solver=Solver(method, terms, damping=0.1, alpha=alpha))
     assert problem.pretrain_loss.calls == 1
 
 
 @pytest.mark.parametrize(
-    "method, terms, passes", [("identity", 1, 2), ("neumann", 0, 2), ("neumann", 1, 4), ("neumann", 4, 10)]
-)
-def test_passes_of_the_other_finite_solvers(method, terms, passes):
-    problem = counting(ridge())
-    run(problem, solver=Solver(method, terms, alpha=0.05, hvp="finite"))
+    "method, terms, warm, passes",
+    [("identity", 1, False, 2), ("neumann", 0, False, 2), ("neumann", 1, False, 4), ("neumann", 4, False, 10),
+     ("neumann", 3, True, 6), ("cg", 1, False, 2), ("cg", 3, False, 6), ("cg", 5, False, 10), ("cg", 3, True, 8)],
+)  # fmt: skip
+def test_finite_takes_two_passes_a_product(method, terms, warm, passes):
+    problem = counting_pretraining(quadratic(spd(8, seed=21), draw(8, seed=22)))
+    run(problem, solver=Solver(method, terms, alpha=0.05, hvp="finite"), q0=problem.theta if warm else None)
     assert problem.pretrain_loss.calls == passes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # 8. Cost: what is saved for backward at the same time, and whether anything builds a second-order graph
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class SavedMemory:
-    """The peak of the bytes that are saved for backward and alive at once, each storage counted once.
-
-    Parameters do not count: leaves that require grad, their views, and what shares memory with `parameters`.
-    """
-
-    def __init__(self, *parameters):
-        self.parameters = {t.untyped_storage().data_ptr() for params in parameters for t in params.values()}
-        self.holders, self.bytes, self.peak = {}, 0, 0
-
-    def __enter__(self):
-        gc.disable()  # what needs the collector to go away has not been let go of
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda packed: packed[0])
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception):
-        self.hooks.__exit__(*exception)
-        gc.enable()
-
-    def pack(self, tensor):
-        base = tensor if tensor._base is None else tensor._base
-        storage = tensor.untyped_storage()
-        key = storage.data_ptr()
-        packed = Packed([tensor])
-        if not (base.is_leaf and base.requires_grad) and key not in self.parameters:
-            if self.holders.setdefault(key, 0) == 0:
-                self.bytes += storage.nbytes()
-                self.peak = max(self.peak, self.bytes)
-            self.holders[key] += 1
-            weakref.finalize(packed, self.release, key, storage.nbytes())  # alive as long as `packed`, so is the key
-        return packed
-
-    def release(self, key, size):
-        self.holders[key] -= 1
-        if self.holders[key] == 0:
-            self.bytes -= size
-
-
-class Packed(list):
-    """A list, because weak references do not take to tuples."""
 
 
 def wide_network():
     """Activations outweigh parameters; the FT and validation batches are as large as PT's."""
-    inputs, targets = draw(3, 256, 8, seed=81, dtype=torch.float32), draw(3, 256, seed=82, dtype=torch.float32)
-
-    def features(theta, x):
-        return torch.tanh(nn.functional.softplus(x @ theta["w1"] + theta["b1"]) @ theta["w2"])
-
-    def pretrain_loss(theta, phi):
-        return phi["weight"] @ (features(theta, inputs[0]) @ theta["out"] - targets[0]).square() / 256
-
-    def head_loss(split, theta, psi):
-        return (features(theta, inputs[split]) @ psi["out"] - targets[split]).square().mean()
-
-    size = {"w1": (8, 32), "b1": (32,), "w2": (32, 32), "out": (32,)}
-    return SimpleNamespace(
-        pretrain_loss=pretrain_loss,
-        finetune_loss=lambda theta, psi: head_loss(1, theta, psi),
-        validation_loss=lambda theta, psi: head_loss(2, theta, psi),
-        theta={n: draw(*s, seed=83, dtype=torch.float32) / 4 for n, s in size.items()},
-        psi={"out": draw(32, seed=84, dtype=torch.float32) / 4},
-        phi={"weight": torch.ones(256)},
-    )
+    work = scaling.Workload(scaling.Size(width=32, weights=256, batch=256))
+    return SimpleNamespace(**{name: getattr(work, name) for name in LOSSES + GROUPS})
 
 
 def ordinary_step_peak(problem):
-    theta = leaves(problem.theta)
-    with SavedMemory(theta, problem.phi) as memory:
-        problem.pretrain_loss(theta, problem.phi).backward()
-    assert memory.bytes == 0 and memory.peak > 0
-    return memory.peak
+    return counting.peak(lambda: problem.pretrain_loss(leaves(problem.theta), problem.phi).backward())
 
 
 def hypergradient_peak(problem, **options):
-    with SavedMemory(problem.theta, problem.psi, problem.phi) as memory:
-        run(problem, **options)
-    return memory.peak
+    return counting.peak(lambda: run(problem, **options))
 
 
 @pytest.mark.parametrize("scope", ["head", "all"])
@@ -1418,17 +1174,17 @@ def test_finite_saves_no_more_than_an_ordinary_step_and_exact_does(method, terms
 def test_an_exact_unroll_of_the_head_costs_a_pass_a_step_and_keeps_each(steps):
     problem, seen = wide_network(), []
     loss = problem.finetune_loss
-    counted = changed(problem, finetune_loss=lambda theta, psi: (seen.append(1), loss(theta, psi))[1])
+    noting = changed(problem, finetune_loss=lambda theta, psi: (seen.append(1), loss(theta, psi))[1])
     one = hypergradient_peak(problem, unroll=Unroll(0), solver=Solver("identity", hvp="finite"))
     for hvp, passes, kept in (("exact", 1, steps + 1), ("finite", 3, 1)):
         options = {"unroll": Unroll(steps, 0.01, hvp=hvp), "solver": Solver("identity", hvp="finite")}
-        assert hypergradient_peak(problem, **options) == pytest.approx(kept * one, rel=0.15)
+        assert hypergradient_peak(problem, **options) == pytest.approx(kept * one, rel=0.25)
         seen.clear()
-        run(counted, **options)
+        run(noting, **options)
         assert len(seen) == passes * steps
 
 
-@pytest.mark.parametrize("method, warm", [*((method, False) for method in METHODS), ("cg", True), ("neumann", True)])
+@pytest.mark.parametrize("method, warm", WARM_AND_COLD)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_finite_never_builds_a_second_order_graph(method, optimizer, warm, monkeypatch):
     problem, seen = network(), []
@@ -1451,29 +1207,23 @@ def test_finite_never_builds_a_second_order_graph(method, optimizer, warm, monke
     assert any(seen)  # so the recording works
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # 9. On a GPU
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("unroll, carried", [p for p in UNROLLS if "K3" in p.id])
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize(
-    "hvp, tolerance", [("exact", 1e-4), ("finite", 2e-3)]
-)  # finite: each side has its own rounding
+@pytest.mark.parametrize("hvp, tolerance", [("exact", 1e-4), ("finite", 2e-3)])  # each side has its own rounding
 def test_cuda_equals_cpu(unroll, carried, solver, hvp, tolerance):
     found = {}
     for device in ("cpu", "cuda"):
         problem = network(torch.float32, dropout=0.0, device=device)
         ft_state = carried_state(problem, unroll, carried)
         found[device] = run(problem, unroll=unroll, solver=Solver(**solver, hvp=hvp), ft_state=ft_state)
-    assert all(t.is_cuda for field in ("phi", "psi0", "psi", "q") for t in getattr(found["cuda"], field).values())
-    on_cpu = SimpleNamespace(value=found["cpu"].value)
-    for field in ("phi", "psi0", "psi", "q"):
-        setattr(on_cpu, field, {n: t.cuda() for n, t in getattr(found["cpu"], field).items()})
-    on_cpu.value = on_cpu.value.cuda()
-    assert all(e < tolerance for e in errors(found["cuda"], on_cpu).values())
+    assert all(t.is_cuda for field in FIELDS for t in getattr(found["cuda"], field).values())
+    on_cuda = {f: {n: t.cuda() for n, t in getattr(found["cpu"], f).items()} for f in FIELDS}
+    truth = SimpleNamespace(**on_cuda, value=found["cpu"].value.cuda())
+    assert all(e < tolerance for e in errors(found["cuda"], truth).values())
 
 
 @pytest.mark.cuda
@@ -1501,18 +1251,7 @@ def test_cuda_replays_dropout_and_leaves_both_generators_after_one_pass():
 ALONE = """
 import sys
 import torch
-allowed = sys.stdlib_module_names | {name.partition(".")[0] for name in sys.modules}
-allowed |= {"sympy", "mpmath"}  # torch's own, which it imports when they are needed
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in allowed:
-            raise ImportError(f"section 2 alone must not need {name}")
-
-sys.meta_path.insert(0, Blocker())
-for name in ("typer", "rich", "sklearn", "matplotlib", "metapt"):
-    assert name not in sys.modules and name not in allowed
-space = {}
+space, known = {}, sys.stdlib_module_names | {name.partition(".")[0] for name in sys.modules}
 exec(sys.stdin.read(), space)
 H, b, w = torch.tensor([2.0, 4.0]), torch.tensor([1.0, 1.0]), torch.tensor([3.0, 5.0])
 for hvp in ("exact", "finite"):
@@ -1525,34 +1264,17 @@ for hvp in ("exact", "finite"):
             unroll=space["Unroll"](2, 0.1, optimizer=optimizer), solver=space["Solver"]("cg", 2, hvp=hvp),
         )
         assert torch.allclose(found.phi["b"], w / H, rtol=1e-3), found
+known |= {"sympy", "mpmath"}  # torch's own, which it imports when they are needed
+assert not {name.partition(".")[0] for name in sys.modules} - known
 print("done")
 """
 
 
 def test_the_section_can_be_cut_out_and_run_with_torch_alone():
     lines = inspect.getsource(metapt).splitlines(keepends=True)
-    start = next(i for i, line in enumerate(lines) if line.startswith("# 2. "))
+    start = next(i for i, line in enumerate(lines) if line.startswith("# 2. "))  # its banner's rule stands before
     end = next((i for i, line in enumerate(lines) if line.startswith("# 3. ")), len(lines))
     section = "".join(lines[start:end])
+    assert end - start <= 450 and "bench" not in section
     result = subprocess.run([sys.executable, "-c", ALONE], input=section, capture_output=True, text=True, check=False)
     assert result.returncode == 0 and result.stdout.strip() == "done", result.stderr
-
-
-@pytest.mark.parametrize("hvp, tolerance", [("exact", 1e-14), ("finite", 1e-8)])
-@pytest.mark.parametrize("method, terms", [("identity", 0), ("neumann", 2), ("cg", 3), ("nystrom", 3)])
-def test_the_gradient_of_pretraining_is_a_byproduct(method, terms, hvp, tolerance):
-    problem = network(dropout=0.0)
-    found = run(problem, solver=Solver(method, terms, damping=0.1, hvp=hvp))
-    if method == "identity" and hvp == "finite":  # its passes are of ∇_φ alone unless asked
-        assert found.pt_gradient is None
-        asked = metapt.hypergradient(
-            problem.pretrain_loss, problem.finetune_loss, problem.validation_loss, problem.theta, problem.psi,
-            problem.phi, solver=Solver(method, terms, hvp=hvp), want_pt_gradient=True,
-        )  # fmt: skip
-        plain = run(problem, solver=Solver(method, terms, hvp=hvp), unroll=Unroll())
-        assert torch.equal(flat(asked.phi), flat(plain.phi))
-        found = asked
-    theta = {name: t.clone().requires_grad_() for name, t in problem.theta.items()}
-    value = problem.pretrain_loss(theta, problem.phi)
-    expected = dict(zip(theta, torch.autograd.grad(value, list(theta.values())), strict=True))
-    assert error(found.pt_gradient, flat(expected)) < tolerance

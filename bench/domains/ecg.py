@@ -1,0 +1,428 @@
+"""Electrocardiograms: PT is SimCLR on 12-lead ECGs without labels, φ makes its views, FT is five diagnostic superclasses.
+
+    python metapt.py download ecg                        PTB-XL at 100 Hz, about 0.55 GB, into data/ecg/prepared
+    python metapt.py meta ecg                            φ = a warp in time
+    python metapt.py meta ecg --augment simclr           φ = the strengths of mask and noise; `both`: these and the warp
+    python metapt.py pretrain ecg --augment simclr       the baseline without a warp
+
+Raghu et al., NeurIPS 2021, section 5.2. Records: Wagner et al., "PTB-XL", Scientific Data 2020 (CC BY 4.0). SimCLR: Chen et
+al., ICML 2020. Encoder: ResNet-18 of He et al., CVPR 2016, along time.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import metapt
+
+
+class Records:
+    """Prepared ECGs: samples stay on disk (on an accelerator they are copied there), the rest is small.
+
+    Raises:
+        BadInput: the folder is missing, or not what its script writes.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        prepared_by = "python metapt.py download ecg"
+        about, arrays = metapt.read_prepared(folder, "metapt ecgs 2", prepared_by)
+        try:
+            n, leads, classes = about["records"], len(about["leads"]), len(about["classes"])
+            shapes = {"ecg_id": [n], "patient": [n], "fold": [n], "labels": [n, classes], "gain": [n, leads],
+                      "baseline": [n, leads], "sums": [n, 2], "samples": [n, about["samples"], leads]}  # fmt: skip
+            wrong = [name for name, shape in shapes.items() if list(arrays[name].shape) != shape]
+            wrong += [name for name in list(shapes)[:-1] if not arrays[name].isfinite().all()]
+            good = {"gain": arrays["gain"] > 0, "fold": arrays["fold"] >= 0,
+                    "labels": (arrays["labels"] == 0) | (arrays["labels"] == 1)}  # fmt: skip
+            wrong += [name for name, of in good.items() if not of.all()]
+            if wrong or not about["hertz"] > 0:
+                raise ValueError(f"{(*wrong, 'hertz')[0]} has a shape or a value that cannot be")
+        except (LookupError, TypeError, ValueError) as error:
+            raise metapt.BadInput(f"{folder} is not what '{prepared_by}' wrote: {error!r}") from None
+        self.leads, self.classes, self.hertz, self.length = (about[k] for k in ("leads", "classes", "hertz", "samples"))
+        self.ecg_id, self.patient, self.fold, self.labels, self.gain, self.baseline, self.sums, self.samples = (
+            arrays[name].to(device) for name in shapes
+        )
+
+    def millivolts(self, index: Tensor) -> Tensor:
+        """Signals [n, leads, t] in mV."""
+        signals = (self.samples[index].float() - self.baseline[index][:, None]) / self.gain[index][:, None]
+        return signals.transpose(1, 2).contiguous()  # noise of its shape is drawn 8 x faster than in the other order
+
+    def moments(self, index: Tensor) -> tuple[float, float]:
+        """Mean and standard deviation, in mV, over all samples of all leads of these records."""
+        total, squares = self.sums[index].sum(0).tolist()
+        n = len(index) * self.length * len(self.leads)
+        variance = squares / n - (total / n) ** 2
+        if variance <= 0:
+            raise metapt.BadInput("the records' sums leave no variance: they are flat, or prepared wrongly")
+        return total / n, math.sqrt(variance)
+
+
+# φ: how views are made
+
+
+class WarpAugmentation(nn.Module):
+    """φ = a network that says of each signal how far to warp it in time, and a global scale s of the warp.
+
+    The warp is a random diffeomorphism: white noise is the velocity, scaling and squaring integrates it (Arsigny et al.,
+    MICCAI 2006), a Gaussian smooths what comes out. Order is preserved whatever φ is: the number of squarings is such that
+    the first small step swaps no samples; composition, interpolation and smoothing of increasing maps, with borders
+    replicated, are increasing again. The velocity is 100 s² times the signal's magnitude, which is between 0 and 2.
+    """
+
+    def __init__(self, leads: int, scale: float, width: int = 32):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.layers = nn.Sequential(*(
+            nn.Sequential(along_time(a, b, 15, 2, bias=True), nn.BatchNorm2d(b, track_running_stats=False), nn.ReLU())
+            for a, b in itertools.pairwise([leads, *[width] * 4])
+        ))  # fmt: skip
+        self.last = nn.Linear(width, 1)
+
+    def magnitudes(self, signals: Tensor) -> Tensor:
+        """Signals [n, leads, t] to how far each is to be warped, [n] in (0, 2)."""
+        return 2 * self.last(self.layers(as_images(signals)).mean((2, 3))).squeeze(1).sigmoid()
+
+    def displacements(self, magnitudes: Tensor, samples: int) -> Tensor:
+        """A random warp a signal: by how many samples each sample is taken from another place, [n, samples]."""
+        noise = torch.randn(len(magnitudes), 1, samples, dtype=magnitudes.dtype, device=magnitudes.device)
+        # At a quarter of the resolution a displacement is a quarter of the number, so values shrink along (as published).
+        noise = F.interpolate(noise, scale_factor=0.25, mode="linear") / 4
+        moved = 4 * integrate(100 * self.scale**2 * magnitudes[:, None] * noise.squeeze(1))
+        moved = F.interpolate(moved[:, None], size=samples, mode="linear")
+        taps = torch.arange(-12, 13, dtype=moved.dtype, device=moved.device)
+        kernel = torch.exp(-(taps**2) / (2 * 12**2))
+        return F.conv1d(F.pad(moved, (12, 12), mode="replicate"), (kernel / kernel.sum())[None, None]).squeeze(1)
+
+    def forward(self, views: Tensor, magnitudes: Tensor) -> Tensor:
+        """Views [n, leads, t], each resampled along its own warp; all leads of a view alike."""
+        return resample(views, self.displacements(magnitudes, views.shape[2]))
+
+
+def resample(signals: Tensor, moved: Tensor) -> Tensor:
+    """Signals [n, leads, t], each sample taken `moved` [n, t] samples later; linear, beyond the borders as at them."""
+    place = torch.arange(moved.shape[1], dtype=moved.dtype, device=moved.device) + moved
+    grid = torch.stack([place * (2 / (moved.shape[1] - 1)) - 1, torch.zeros_like(place)], -1)[:, None]
+    return F.grid_sample(signals[:, :, None], grid, padding_mode="border", align_corners=True).squeeze(2)
+
+
+def integrate(velocity: Tensor, squarings: int = 5) -> Tensor:
+    """Displacements [n, t] of the flow of a velocity field [n, t] for one unit of time, by scaling and squaring.
+
+    More squarings than asked for where neighbours would change places in the first step (|Δv| / 2^squarings ≥ 1).
+    """
+    steepest = velocity.detach().diff(dim=1).abs().max().item()
+    if 2**squarings <= 2 * steepest < math.inf:
+        squarings = math.ceil(math.log2(steepest)) + 1
+    moved, last = velocity / 2**squarings, velocity.shape[1] - 1
+    grid = torch.arange(last + 1, dtype=moved.dtype, device=moved.device)
+    for _ in range(squarings):  # u ← u + u(x + u), beyond the borders as at the borders
+        place = (grid + moved).clamp(0, last)
+        left = place.detach().floor().clamp(max=last - 1)
+        share, left = place - left, left.long()
+        moved = moved + torch.lerp(moved.gather(1, left), moved.gather(1, left + 1), share)
+    return moved
+
+
+class SignalAugmentation(nn.Module):
+    """Two views of each signal: leads masked and noise added (the default of SimCLR on ECGs), then warped in time.
+
+    Per lead, a random stretch of up to half its length is set to zero and noise of up to 10 % of its standard deviation
+    is added: U(0, 1)·σ(mask)·length and U(0, 1)·0.1·exp(noise). With `strengths`, `mask` and `noise` are φ as well.
+    """
+
+    def __init__(self, leads: int, scale: float | None, strengths: bool):
+        super().__init__()
+        kind = nn.Parameter if strengths else nn.Buffer
+        self.mask, self.noise = kind(torch.zeros(())), kind(torch.zeros(()))
+        self.warp = None if scale is None else WarpAugmentation(leads, scale)
+
+    def masked(self, signals: Tensor) -> Tensor:
+        n, leads, samples = signals.shape
+        length, start = torch.rand(2, n, leads, 1, dtype=signals.dtype, device=signals.device)
+        length = length * self.mask.sigmoid() * samples
+        start = start * (samples - length)
+        # The samples at the two ends of a stretch are masked in part, which makes the length differentiable.
+        place = torch.arange(samples, dtype=signals.dtype, device=signals.device)
+        return signals * (1 - (place + 1 - start).clamp(0, 1) * (start + length - place).clamp(0, 1))
+
+    def forward(self, signals: Tensor) -> list[Tensor]:
+        """Signals [n, leads, t] to two views of that shape."""
+        deviation = 0.1 * self.noise.exp() * signals.std(2, keepdim=True)
+        views = []
+        for _ in range(2):
+            noise = torch.rand_like(deviation) * deviation * torch.randn_like(signals)
+            views.append(self.masked(signals) + noise)
+        if self.warp is None:
+            return views
+        magnitudes = self.warp.magnitudes(signals)  # the signal's, so that both views share one pass
+        return [self.warp(view, magnitudes) for view in views]
+
+
+# θ: the encoder; SimCLR's loss; the metric
+
+
+def along_time(inputs: int, outputs: int, taps: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    """A convolution along time: [n, inputs, 1, t] to [n, outputs, 1, ⌈t / stride⌉], with an odd number of taps."""
+    return nn.Conv2d(inputs, outputs, (1, taps), (1, stride), (0, taps // 2), bias=bias)
+
+
+def as_images(signals: Tensor) -> Tensor:
+    """[n, channels, t] to [n, channels, 1, t], channels last in memory: a layout that nn.Conv1d lacks, faster on a CPU."""
+    return signals[:, :, None].contiguous(memory_format=torch.channels_last)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut, along time."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        stride = 2 if outputs > inputs else 1
+        self.first, self.norm1 = along_time(inputs, outputs, 15, stride), nn.BatchNorm2d(outputs)
+        self.second, self.norm2 = along_time(outputs, outputs, 15), nn.BatchNorm2d(outputs)
+        shortcut = [along_time(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)] if stride > 1 else []
+        self.shortcut = nn.Sequential(*shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm2(self.second(self.norm1(self.first(x)).relu()))
+        return (hidden + self.shortcut(x)).relu()
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 along time with kernels of 15: signals [n, leads, t] to features [n, 8 width]; published: width 32.
+
+    Signals of 1,000 samples are padded to 1,024 with zeros, their mean.
+    """
+
+    def __init__(self, leads: int, width: int):
+        super().__init__()
+        pool = nn.MaxPool2d((1, 3), (1, 2), (0, 1))
+        self.stem = nn.Sequential(along_time(leads, width, 15, 2), nn.BatchNorm2d(width), nn.ReLU(), pool)
+        widths = [times * width for times in (1, 1, 1, 2, 2, 4, 4, 8, 8)]
+        self.blocks = nn.Sequential(*(ResidualBlock(*between) for between in itertools.pairwise(widths)))
+
+    def forward(self, signals: Tensor) -> Tensor:
+        return self.blocks(self.stem(as_images(F.pad(signals, (0, -signals.shape[2] % 64))))).mean((2, 3))
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
+    """SimCLR's loss (equation 1) of two views [n, d]: each should find its other among all 2n."""
+    z = F.normalize(torch.cat([a, b]), dim=1)
+    similarity = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+    return F.cross_entropy(similarity, torch.arange(len(z), device=z.device).roll(len(a)))
+
+
+def mean_auroc(scores: Tensor, labels: Tensor) -> float:
+    """Area under the ROC curve, averaged over the classes [n, classes] that some have and some lack; NaN without any."""
+    from sklearn.metrics import roc_auc_score
+
+    pairs = zip(labels.T.cpu().numpy(), scores.detach().T.cpu().numpy(), strict=True)
+    return float(np.mean([roc_auc_score(y, x) for y, x in pairs if 0 < y.sum() < len(y)] or [math.nan]))
+
+
+# The domain
+
+SETS = (100, 250, 500, 1000, 2500)  # sizes of the FT set, as published
+
+# 50 epochs of folds 1 to 9 in batches of 256, one of them as warm-up; FT is 200 epochs of the whole network.
+PAPER = {
+    **metapt.PUBLISHED, "width": 32, "steps": 3800, "warmup": 76, "batch_size": 256, "meta_batch_size": 256,
+    "unroll_batch_size": 256, "validation_batch_size": 256, "lr": 1e-4, "alpha": 1e-4, "unroll_lr": 1e-4, "meta_lr": 1e-4,
+    "scale_lr": 1.0, "init_scale": 4.0, "measure_scope": "all", "measure_epochs": 200,
+}  # fmt: skip
+
+FOLDS = re.compile(r"\d{1,3}(,\d{1,3})*").fullmatch, "numbers such as 1,2,3"
+AUGMENT = metapt.one_of("warp", "simclr", "both")
+
+
+class ECGSettings(
+    metapt.Settings, steps=150, warmup=40, batch_size=128, lr=3e-3, unroll_batch_size=128, validation_batch_size=128,
+    # Hypergradients of s scatter by many times their mean (bench/ecg.py draws): many meta steps, and small ones.
+    meta_every=2, meta_batch_size=128, meta_lr=3e-3,
+    # Differences step over thousands of ReLUs' kinks here: a long step averages over them. See bench/ecg.py draws.
+    hvp="finite", hvp_step=0.3, unroll_hvp="exact", compare=2,
+):  # fmt: skip
+    width: int = metapt.option(8, "Channels of the ResNet's first quarter", check=metapt.AT_LEAST_1, data=True)
+    ft_share: float = metapt.option(1.0, "Share of the FT set that is seen before FT", check=metapt.SHARE)
+    test_folds: str = metapt.option("10", "Folds of the test set, as 1,2,3", check=FOLDS, data=True)
+    ft_records: int = metapt.option(0, "Records of the FT set; 0: all, at most 2500", check=metapt.AT_LEAST_0)
+    augment: str = metapt.option("warp", "φ: warp; simclr (mask, noise); both", check=AUGMENT)
+    init_scale: float = metapt.option(0.5, "s of the warp at the start (0.5: 34 ms rms)")
+    scale_lr: float = metapt.option(3e-2, "Learning rate of s (Adam)", check=metapt.POSITIVE, learning=True)
+    temperature: float = metapt.option(0.5, "Of SimCLR's loss", check=metapt.POSITIVE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("batch_size", "meta_batch_size"):
+            self.require(getattr(self, name) > 1, name, "2 or more: views are told apart")
+        for name in ("init_scale", "scale_lr"):
+            as_preset = getattr(self, name) in (getattr(type(self), name), PAPER[name])
+            self.require(as_preset or self.augment != "simclr", name, "nothing: --augment simclr has no warp")
+
+
+class ECG(metapt.Domain):
+    """Parts: the records of --test-folds are the test set, all others are PT's. N of these, drawn by seed, are the FT set,
+    80 % to train and 20 % to validate; an FT-set size counts both. PTB-XL's patients never cross folds.
+
+    Each view passes the encoder by itself, with its own BatchNorm statistics. Signals are scaled by one mean and one
+    standard deviation, of all of PT's samples and leads.
+    """
+
+    Settings = ECGSettings
+    loss, score = staticmethod(F.binary_cross_entropy_with_logits), staticmethod(mean_auroc)
+    presets: ClassVar = {"paper": PAPER}
+    tests: ClassVar = {"test": "mean AUROC"}
+    captions: ClassVar = {
+        "warp_scale": "global scale s of the warp",
+        "mask_share": "longest mask (share of the signal)",
+    }
+
+    def __init__(self, settings, device, data):
+        super().__init__(settings, device, data)
+        self.records = Records(data / "ecg" / "prepared", device)
+        fold, folds = self.records.fold.cpu().numpy(), [int(f) for f in settings.test_folds.split(",")]
+        of_test = np.isin(fold, folds)
+        rest, test = np.flatnonzero(~of_test), np.flatnonzero(of_test)
+        there = len(rest) >= 5 and np.isin(folds, fold).all()
+        settings.require(there, "test_folds", f"some, but not all, of {sorted(set(fold.tolist()))}")
+        wanted = settings.ft_records or min(len(rest), SETS[-1])
+        settings.require(5 <= wanted <= len(rest), "ft_records", f"0, or 5 to the {len(rest)} that are not test's")
+        pool = np.random.default_rng(settings.seed).permutation(rest)[:wanted]
+        fifth = np.arange(wanted) % 5 == 4
+        rows = {"pretrain": rest, "finetune": pool[~fifth], "validation": pool[fifth], "test": test}
+        self.rows = {part: torch.from_numpy(rows).to(device) for part, rows in rows.items()}
+        self.sizes = {part: len(rows) for part, rows in self.rows.items()}
+        self.access = {p: max(1, round(settings.ft_share * self.sizes[p])) for p in ("finetune", "validation")}
+        self.finetune_sizes = (*(n for n in SETS if n < wanted), wanted)
+        self.mean, self.deviation = self.records.moments(self.rows["pretrain"])
+
+    def data_digest(self):
+        parts = [self.records.ecg_id[self.rows[part]].tolist() for part in ("pretrain", "test")]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def finetune_limits(self):
+        return 5, self.finetune_sizes[-1]
+
+    def divide(self, examples):
+        return examples - examples // 5, examples // 5
+
+    def network(self):
+        features = 8 * self.settings.width
+        head = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, features // 2))
+        network = metapt.Network(ResNet18(len(self.records.leads), self.settings.width), head).to(self.device)
+        metapt.settle(network, self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)))
+        return network
+
+    def head(self):
+        return nn.Linear(8 * self.settings.width, len(self.records.classes)).to(self.device)
+
+    def meta(self):
+        scale = None if self.settings.augment == "simclr" else self.settings.init_scale
+        strengths = self.settings.augment != "warp"
+        return SignalAugmentation(len(self.records.leads), scale, strengths).to(self.device)
+
+    def phi_rates(self, meta):
+        rates = super().phi_rates(meta)
+        return rates if meta.warp is None else rates | {"warp.scale": self.settings.scale_lr}
+
+    def pretrain_loss(self, network, meta, index, progress, live):
+        signals = self.inputs("pretrain", index)
+
+        def loss(theta, phi):
+            if any(p.requires_grad for p in phi.values()):
+                # Made again when the gradient arrives there: their graph would outweigh what the encoder keeps.
+                views = checkpoint(metapt.call, meta, phi, signals, train=True, use_reentrant=False)
+            else:
+                views = metapt.call(meta, phi, signals, train=True)
+            a, b = (metapt.call(network, theta, view, train=True, live=live) for view in views)
+            return nt_xent(a, b, self.settings.temperature)
+
+        return loss
+
+    def inputs(self, part, index):
+        return (self.records.millivolts(self.rows[part][index]) - self.mean) / self.deviation
+
+    def targets(self, part, index):
+        return self.records.labels[self.rows[part][index]].float()
+
+    def measure(self, meta):
+        found = {} if meta.warp is None else {"warp_scale": meta.warp.scale.item()}
+        return found | {"mask_share": meta.mask.sigmoid().item(), "noise_share": 0.1 * meta.noise.exp().item()}
+
+    def facts(self, meta):
+        return {} if meta.warp is None else {"warp_rms_ms": self.warped(meta)[1].square().mean().sqrt().item()}
+
+    @torch.no_grad()
+    def warped(self, meta, draws: int = 16) -> tuple[Tensor, Tensor]:
+        """Rows of up to 2,048 PT records [n], and warps of each in ms [draws, n, t]; drawn anew by the same seed."""
+        index = torch.arange(self.sizes["pretrain"], device=self.device)[:2048]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            magnitudes = meta.train().warp.magnitudes(self.inputs("pretrain", index))
+            warps = [meta.warp.displacements(magnitudes, self.records.length) for _ in range(draws)]
+            return self.rows["pretrain"][index], torch.stack(warps) * (1000 / self.records.hertz)
+
+    def figures(self, meta):
+        if meta.warp is None:
+            return {}
+        rows, moved = self.warped(meta)
+        strength = moved[0].square().mean(1).sqrt()
+        one = (strength - strength.mean()).abs().argmin()  # its warp is nearest to the mean: not the most striking one
+        each = moved.square().mean((0, 2)).sqrt().cpu().numpy()
+        return {
+            "warp.png": lambda figure: draw_warp(figure, self.records, rows[one], moved[0, one]),
+            "magnitudes.png": lambda figure: draw_magnitudes(figure, self.records, rows, each),
+        }
+
+
+def draw_warp(figure, records: Records, row: Tensor, moved: Tensor) -> None:
+    """The middle half of a record before and after a warp `moved` [t] in ms, on the paper of an electrocardiograph."""
+    from matplotlib.ticker import MultipleLocator
+
+    before = records.millivolts(row[None])
+    both = torch.cat([before, resample(before, moved[None] * (records.hertz / 1000))]).cpu().numpy()
+    middle, half = slice(records.length // 4, -(records.length // 4)), -(-len(records.leads) // 2)
+    seconds, both = np.arange(records.length)[middle] / records.hertz, both[:, :, middle]
+    overlap = (both.max((0, 2))[1:] - both.min((0, 2))[:-1]).max()
+    apart = max(2.5, math.ceil(2 * overlap) / 2)  # mV, so that no lead runs into the next
+    figure.set_size_inches(11, 7)
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    for lead, name in enumerate(records.leads):
+        axis, height = axes[lead // half], -apart * (lead % half)
+        for values, colour, label in zip(both, ("0.25", "C3"), ("as recorded", "after the warp"), strict=True):
+            axis.plot(seconds, values[lead] + height, color=colour, lw=0.9, label=label)
+        axis.text(seconds[0] + 0.02, height + 0.55, name.replace("AV", "aV"), fontsize=9, weight="bold")
+    for axis in axes:
+        axis.set(xlabel="time (s)")
+        axis.margins(x=0, y=0.02)
+        axis.xaxis.set_major_locator(MultipleLocator(1))
+        axis.xaxis.set_minor_locator(MultipleLocator(0.2))
+        axis.yaxis.set_minor_locator(MultipleLocator(0.5))
+        axis.set_yticks([-apart * i for i in range(half)], ["0"] * half)
+        axis.grid(which="both", color="#f2c6c6", lw=0.4)
+    axes[0].set_ylabel("mV; fine lines: 0.2 s by 0.5 mV")
+    rms, (handles, labels) = moved.square().mean().sqrt(), axes[0].get_legend_handles_labels()
+    title = f"PTB-XL record {records.ecg_id[row]}; this warp moves samples by {rms:.0f} ms (rms)"
+    figure.legend(handles[:2], labels[:2], loc="outside upper center", ncols=2, fontsize=8, title=title)
+
+
+def draw_magnitudes(figure, records: Records, rows: Tensor, each: np.ndarray) -> None:
+    """How far φ warps each record (ms, rms over draws and time), by class: boxes are quartiles, whiskers 5 % and 95 %."""
+    labels = records.labels[rows].cpu().numpy() > 0
+    groups = dict(zip([*records.classes, "none"], [*labels.T, ~labels.any(1)], strict=True))
+    groups = {f"{name} ({chosen.sum()})": each[chosen] for name, chosen in groups.items() if chosen.any()}
+    axis = figure.subplots()
+    axis.boxplot(groups.values(), orientation="horizontal", whis=(5, 95), flierprops={"ms": 2, "mec": "0.6"})
+    axis.set_yticks(range(1, len(groups) + 1), list(groups))
+    axis.set(xlabel="displacement by the warp (ms, rms)", xlim=(0, None))
