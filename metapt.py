@@ -1911,14 +1911,14 @@ def measure_runs(command: str, ask) -> None:  # `finetune` and `eval`
     for path, other in zip(paths, domains, strict=True):
         if type(other) is not type(domains[0]):
             raise BadInput(f"{path} is of the domain {identity(type(other))['domain']}, {paths[0]} is not")
-        if [p.shape for p in other.head().parameters()] != [p.shape for p in domains[0].head().parameters()]:
-            raise BadInput(f"{path} has features of another size than {paths[0]}: they have no FT head in common")
         for f in dataclasses.fields(other.settings):
             measuring = f.metadata.get("panel") == MEASURING and f.name not in (*ask.given, "compare")
             same = getattr(other.settings, f.name) == getattr(domains[0].settings, f.name)
             if (measuring or f.metadata.get("data")) and not same:
                 why = "name it, so that all have the same FT" if measuring else "they have other data"
                 raise BadInput(f"{path} has another {flag(f.name)} than {paths[0]}: {why}")
+        if [p.shape for p in other.head().parameters()] != [p.shape for p in domains[0].head().parameters()]:
+            raise BadInput(f"{path} has features of another size than {paths[0]}: they have no FT head in common")
     domain, sizes, seeds = domains[0], finetune_sizes(domains[0]), ask.given.get("compare", 5)
     if seeds < 1:
         raise BadInput(f"--compare is {seeds}, expected 1 or more here")

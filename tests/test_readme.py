@@ -99,3 +99,8 @@ def test_its_loop_tells_right_labels_from_wrong_ones(tmp_path):
     assert done.returncode == 0, done.stderr
     right, wrong = map(float, re.findall(r"\d\.\d+", done.stdout))
     assert right > wrong + 0.1
+
+
+def test_runs_of_its_domain_with_other_features_are_not_compared(home):
+    assert metapt_in(home, "meta", "my_domain.py", "--out", "wide", *QUICK[:-1], "--width=12").returncode == 0
+    assert "wide has features of another size than run" in refused(home, "eval", "run", "wide")
