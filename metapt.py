@@ -1655,9 +1655,9 @@ def domain_of(run: Run, named: str | None, console=None) -> type[Domain]:
     """The domain of a run. A file that has changed since is used only where it is named again, and that is said."""
     config = run.config()
     kind = find_domain(named or config["domain"], None if named else config["domain_sha256"])
-    if identity(kind)["domain"] != config["domain"]:
+    if (ours := identity(kind))["domain"] != config["domain"]:
         raise BadInput(f"{run.folder} is of the domain {config['domain']}, not {named}")
-    if console and identity(kind) != {name: config[name] for name in identity(kind)}:
+    if console and ours != {name: config[name] for name in ours}:
         console.print(f"{config['domain']} has changed since {run.folder} was made; going on with it as it is now")
     return kind
 
