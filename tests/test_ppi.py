@@ -226,8 +226,9 @@ def cross_entropy(logits, labels):
     return -(labels * p.log() + (1 - labels) * (1 - p).log()).mean(0)
 
 
+@pytest.mark.parametrize("live", [True, False], ids=["a PT step", "a meta step"])
 @pytest.mark.parametrize("kind", [ppi.PPI, baselines.CoTrain, baselines.PCGrad])
-def test_pretrain_loss_is_the_weighted_mean_over_tasks(home, kind):
+def test_pretrain_loss_is_the_weighted_mean_over_tasks(home, kind, live):
     """CoTrain adds the mean over the FT labels that it may see; PCGrad keeps the two apart."""
     made = make(home, kind, dropout=0.0, ft_share=0.5, unseen_tasks=10, fold=1)
     network, _, meta = modules(made)
@@ -235,8 +236,8 @@ def test_pretrain_loss_is_the_weighted_mean_over_tasks(home, kind):
     nn.init.normal_(meta.task_logits)
     index = torch.arange(40)
     rows = made.rows["pretrain"][index]
-    value = made.pretrain_loss(network, meta, index, 0.0, live=False)(metapt.detached(network), metapt.detached(meta))
-    outputs = network.train()(made.inputs("pretrain", index)).detach()
+    outputs = network.train(live)(made.inputs("pretrain", index)).detach()
+    value = made.pretrain_loss(network, meta, index, 0.0, live=live)(metapt.detached(network), metapt.detached(meta))
     losses = cross_entropy(outputs[:, :20], made.graphs.labels(rows, made.pretrain_tasks))
     wanted = [(2 * meta.task_logits.sigmoid() * losses).mean().item()]
     known = torch.isin(rows, made.rows["finetune"][: round(0.5 * made.sizes["finetune"])])
@@ -247,7 +248,50 @@ def test_pretrain_loss_is_the_weighted_mean_over_tasks(home, kind):
     assert value.tolist() == pytest.approx(wanted if kind is baselines.PCGrad else sum(wanted), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [ppi.PPI, baselines.CoTrain])
+def test_weighted_cotrain_begins_as_cotrain(home):
+    made = {kind: make(home, kind, dropout=0.0) for kind in (baselines.CoTrain, baselines.WeightedCoTrain)}
+    index, values = torch.arange(40), []
+    for kind, domain in made.items():
+        torch.manual_seed(0)
+        network, _, meta = modules(domain)
+        loss = domain.pretrain_loss(network, meta, index, 0.0, live=True)
+        values.append(loss(metapt.detached(network), metapt.detached(meta)).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert len(metapt.detached(meta)["task_logits"]) == 20 + 40
+
+
+def test_outputs_begin_at_the_base_rates(home):
+    """The log-odds of each PT term's share; for FT's head, which may know few labels, those of the PT terms' mean."""
+    made = make(home)
+    rates = made.graphs.labels(made.rows["pretrain"], made.pretrain_tasks).sum(0).add(0.5) / (
+        made.sizes["pretrain"] + 1
+    )
+    torch.testing.assert_close(made.network().head.bias.detach(), (rates / (1 - rates)).log())
+    torch.testing.assert_close(made.head().bias.detach(), rates.mean().logit().expand(40))
+    plain = make(home, base_rates=False)
+    assert plain.network().head.bias.abs().max() <= 0.25 and plain.head().bias.abs().max() <= 0.25
+    both = make(home, baselines.CoTrain)
+    labels = both.graphs.labels(both.rows["finetune"], both.finetune_tasks).sum(0).add(0.5) / (
+        both.sizes["finetune"] + 1
+    )
+    torch.testing.assert_close(both.network().head.bias.detach()[20:], labels.logit())
+
+
+def test_permuted_tasks_keep_their_rates_and_nothing_else(home):
+    plain, made = make(home), make(home, permuted=0.5)
+    everything = torch.arange(len(made.graphs.sizes))
+    of = {domain: domain.graphs.labels(everything, domain.pretrain_tasks) for domain in (plain, made)}
+    assert made.permuted.sum() == 10 and not plain.permuted.any()
+    assert torch.equal(of[plain].sum(0), of[made].sum(0))
+    same = (of[plain] == of[made]).all(0).numpy()
+    assert (same == ~made.permuted).all()
+    for part in ("finetune", "validation", "test"):
+        index = torch.arange(made.sizes[part])
+        assert torch.equal(plain.targets(part, index), made.targets(part, index))
+    assert plain.data_digest() != made.data_digest()
+
+
+@pytest.mark.parametrize("kind", [ppi.PPI, baselines.CoTrain, baselines.WeightedCoTrain])
 def test_hypergradient_is_that_of_central_differences(home, kind, monkeypatch):
     """−vᵀ∇²_θφ L_PT, where v is dL_V/dθ through Adam's second step on ψ, in random directions."""
     made = make(home, kind, dropout=0.0, unseen_tasks=10)

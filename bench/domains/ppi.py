@@ -156,7 +156,7 @@ class TaskWeights(nn.Module):
 
 
 class PPISettings(
-    metapt.Settings, steps=2000, unroll_lr=1e-3, meta_lr=1.0, meta_batch_size=128, compare=2,
+    metapt.Settings, steps=1000, unroll_lr=1e-2, meta_lr=0.02, meta_batch_size=1024, validation_batch_size=1024, compare=2,
     # With q = v all that is left of PT's side are two forward passes, at θ ± εv: φ comes after the network.
     hvp="finite", unroll_hvp="exact",
 ):  # fmt: skip
@@ -164,8 +164,10 @@ class PPISettings(
     width: int = metapt.option(64, "Width of the GIN", check=metapt.AT_LEAST_1, data=True)
     layers: int = metapt.option(3, "Layers of the GIN", check=metapt.AT_LEAST_1)
     dropout: float = metapt.option(0.2, "Of the GIN, in PT", check=metapt.BELOW_1)
+    base_rates: bool = metapt.option(True, "Outputs begin at the terms' base rates")
     ft_share: float = metapt.option(1.0, "Share of the FT data had before FT", check=metapt.SHARE)
     unseen_tasks: int = metapt.option(0, "FT tasks that FT alone has, and no other", check=metapt.AT_LEAST_0, data=True)
+    permuted: float = metapt.option(0.0, "Share of PT tasks with permuted labels", check=metapt.BELOW_1, data=True)
     fold: int = metapt.option(0, "Which these are: the fold-th so many", check=metapt.AT_LEAST_0, data=True)
 
 
@@ -199,9 +201,13 @@ class PPI(metapt.Domain):
         fixed, tasks = graphs.about["finetune_terms"], torch.arange(graphs.tasks, device=device)
         tasks = divide_tasks(len(tasks), fixed, None if fixed else graphs.positives(everything, tasks), random)
         self.pretrain_tasks, self.finetune_tasks = (torch.from_numpy(t).to(device) for t in tasks)
+        self.permuted = np.zeros(len(self.pretrain_tasks), dtype=bool)  # for reports alone: no loss reads it
         labels = graphs.labels(everything, self.finetune_tasks).cpu().numpy() > 0
         rows = divide_graphs(labels, graphs.species.cpu().numpy(), random)
         self.rows = {part: torch.from_numpy(rows).to(device) for part, rows in rows.items()}
+        if settings.permuted:
+            self.permute(settings.permuted, random)
+        self.rates = self.term_rates(self.rows["pretrain"], self.pretrain_tasks)
         self.sizes = {part: len(rows) for part, rows in self.rows.items()}
         self.access = {p: max(1, round(settings.ft_share * self.sizes[p])) for p in ("finetune", "validation")}
         self.finetune_sizes = (max(1, self.sizes["finetune"] // 8), self.sizes["finetune"])
@@ -213,29 +219,54 @@ class PPI(metapt.Domain):
         self.scored, self.seen = columns[kept] if unseen else columns, columns[~kept]
         self.seen_tasks, self.outputs = self.finetune_tasks[self.seen], len(self.pretrain_tasks)
 
+    def term_rates(self, rows, tasks):
+        """Share of the graphs that have each term, each class counted half a graph more: [tasks]."""
+        return torch.from_numpy((self.graphs.positives(rows, tasks) + 0.5) / (len(rows) + 1)).float().to(self.device)
+
+    def permute(self, share, random):
+        """Gives a share of the PT tasks labels that say nothing: each task's own, permuted over all proteins."""
+        self.permuted[random.permutation(len(self.permuted))[: round(share * len(self.permuted))]] = True
+        bits = self.graphs.bits.clone()  # what was read is a file
+        for task in self.pretrain_tasks[torch.from_numpy(self.permuted).to(self.device)].tolist():
+            byte, bit = task // 8, task % 8
+            labels = (bits[:, byte] >> bit & 1)[torch.from_numpy(random.permutation(len(bits))).to(self.device)]
+            bits[:, byte] = bits[:, byte] & ~torch.tensor(1 << bit, dtype=torch.uint8) | labels << bit
+        self.graphs.bits = bits
+
     def data_digest(self):
-        parts = [self.pretrain_tasks, self.finetune_tasks, *map(self.rows.get, ("pretrain", "finetune", "validation"))]
+        parts = [
+            torch.from_numpy(self.permuted),
+            self.pretrain_tasks,
+            self.finetune_tasks,
+            *map(self.rows.get, ("pretrain", "finetune", "validation")),
+        ]
         return hashlib.sha256(json.dumps([self.graphs.about, *map(Tensor.tolist, parts)]).encode()).hexdigest()
 
     def network(self):
         encoder = GIN(self.settings.width, self.settings.layers, self.settings.dropout)
         network = metapt.Network(encoder, nn.Linear(2 * self.settings.width, self.outputs)).to(self.device)
+        if self.settings.base_rates:
+            network.head.bias.data = self.rates.logit()
         metapt.settle(network, self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)))
         return network
 
     def head(self):
-        return nn.Linear(2 * self.settings.width, len(self.finetune_tasks)).to(self.device)
+        head = nn.Linear(2 * self.settings.width, len(self.finetune_tasks)).to(self.device)
+        if self.settings.base_rates:  # those of the PT tasks: FT's own are labels that a small FT set has not
+            nn.init.constant_(head.bias, self.rates[: len(self.pretrain_tasks)].mean().logit().item())
+        return head
 
     def meta(self):
         return self.Weights(len(self.pretrain_tasks)).to(self.device)
 
     def pretrain_loss(self, network, meta, index, progress, live):
-        """Σ_t 2σ(φ_t)·BCE_t / T."""
+        """Σ_t 2σ(φ_t)·BCE_t / T. For φ (not `live`) it is in evaluation mode, as L_V is: with a batch's own statistics and
+        dropout it is another function, along whose directions L_V does not change; see bench/README.md."""
         rows = self.rows["pretrain"][index]
         batch, targets = self.graphs.batch(rows), self.graphs.labels(rows, self.pretrain_tasks)
 
         def loss(theta, phi):
-            outputs = metapt.call(network, theta, batch, train=True, live=live)
+            outputs = metapt.call(network, theta, batch, train=live, live=live)
             losses = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(0)
             return metapt.call(meta, phi, losses)
 

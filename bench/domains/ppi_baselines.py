@@ -2,6 +2,7 @@
 
     python metapt.py pretrain bench/domains/ppi_baselines.py:CoTrain            FT tasks beside the PT tasks
     python metapt.py pretrain bench/domains/ppi_baselines.py:PCGrad             the same without conflicting gradients
+    python metapt.py meta bench/domains/ppi_baselines.py:WeightedCoTrain        φ weighs PT and FT tasks together
     python metapt.py meta bench/domains/ppi_baselines.py:Selection              φ chooses PT tasks
     python metapt.py meta bench/domains/ppi_baselines.py:Selection --agnostic   and is learned without FT data
 
@@ -23,29 +24,58 @@ class CoTrain(PPI):
     def __init__(self, settings, device, data):
         super().__init__(settings, device, data)
         self.labelled = torch.zeros_like(self.graphs.sizes, dtype=torch.bool)
-        self.labelled[self.rows["finetune"][: self.access["finetune"]]] = True
+        rows = self.rows["finetune"][: self.access["finetune"]]
+        self.labelled[rows] = True
         self.outputs += len(self.seen)
+        self.rates = torch.cat([self.rates, self.term_rates(rows, self.seen_tasks)])
+
+    def task_losses(self, network, index, live):
+        """BCE of the PT tasks, then of the FT tasks [tasks], as a function of θ: each averaged over the graphs with labels."""
+        rows, tasks = self.rows["pretrain"][index], torch.cat([self.pretrain_tasks, self.seen_tasks])
+        batch, targets, known = self.graphs.batch(rows), self.graphs.labels(rows, tasks), self.labelled[rows]
+        share = torch.full_like(targets, 1 / len(rows))
+        share[:, len(self.pretrain_tasks) :] = known[:, None] / known.sum().clamp(min=1)
+
+        def losses(theta):
+            outputs = metapt.call(network, theta, batch, train=live, live=live)
+            return (share * F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")).sum(0)
+
+        return losses
 
     def pretrain_losses(self, network, meta, index, live):
         """Both, as a function of θ and φ."""
-        rows, tasks = self.rows["pretrain"][index], len(self.pretrain_tasks)
-        known, batch = self.labelled[rows], self.graphs.batch(rows)
-        targets, others = (
-            self.graphs.labels(rows, self.pretrain_tasks),
-            self.graphs.labels(rows[known], self.seen_tasks),
-        )
+        losses, tasks = self.task_losses(network, index, live), len(self.pretrain_tasks)
 
-        def losses(theta, phi):
-            outputs = metapt.call(network, theta, batch, train=True, live=live)
-            each = F.binary_cross_entropy_with_logits(outputs[:, :tasks], targets, reduction="none").mean(0)
-            second = F.binary_cross_entropy_with_logits(outputs[known, tasks:], others, reduction="sum")
-            return torch.stack([metapt.call(meta, phi, each), second / max(1, others.numel())])
+        def both(theta, phi):
+            each = losses(theta)
+            return torch.stack([metapt.call(meta, phi, each[:tasks]), each[tasks:].mean()])
 
-        return losses
+        return both
 
     def pretrain_loss(self, network, meta, index, progress, live):
         losses = self.pretrain_losses(network, meta, index, live)
         return lambda theta, phi: losses(theta, phi).sum()
+
+
+class WeightedCoTrain(CoTrain):
+    """CoTrain with φ: a weight for each FT task beside those of the PT tasks. All weights 1, where φ begins, is CoTrain."""
+
+    def meta(self):
+        return self.Weights(self.outputs).to(self.device)
+
+    def pretrain_loss(self, network, meta, index, progress, live):
+        losses, (tasks, others) = self.task_losses(network, index, live), (len(self.pretrain_tasks), len(self.seen))
+        # As in CoTrain the PT tasks count together as much as the FT tasks do.
+        scale = torch.tensor([1 / tasks] * tasks + [1 / others] * others, device=self.device) * self.outputs
+        return lambda theta, phi: metapt.call(meta, phi, losses(theta) * scale)
+
+    def table(self, meta):
+        tasks = torch.cat([self.pretrain_tasks, self.seen_tasks]).tolist()
+        terms = [self.graphs.about["terms"][task] for task in tasks]
+        return ["GO term", "weight"], list(zip(terms, meta.weights().tolist(), strict=True))
+
+    def figures(self, meta):
+        return {}
 
 
 class PCGrad(CoTrain):
