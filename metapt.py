@@ -528,6 +528,7 @@ AT_LEAST_0, AT_LEAST_1 = (lambda x: x >= 0, "0 or more"), (lambda x: x >= 1, "1 
 POSITIVE, BELOW_1 = (lambda x: x > 0, "positive"), (lambda x: 0 <= x < 1, "at least 0 and less than 1")
 POSITIVE_IF_GIVEN = (lambda x: x is None or x > 0, "positive")
 SHARE, ANYTHING = (lambda x: 0 < x <= 1, "more than 0 and at most 1"), (lambda x: True, "")
+PARTS = one_of("validation", "all")
 SCOPES, HVPS = one_of("head", "all"), one_of("", "exact", "finite")
 SIZES = (lambda text: not text or all(n.isdecimal() for n in text.split(",")), "numbers such as 30,100,300")
 PARTICLES = (lambda text: all(re.fullmatch(r"\d+(:0?\.\d+)?", piece) for piece in text.split(",")),
@@ -561,6 +562,7 @@ class Settings:
     unroll_scope: str = option("head", "What they move: head or all", UNROLLING, SCOPES)
     unroll_hvp: str = option("", "Their products: exact or finite; else as --hvp", UNROLLING, HVPS)
     validation_batch_size: int = option(250, "Validation examples", UNROLLING, AT_LEAST_1)
+    validate_on: str = option("validation", "Labels that L_V is over: validation, or all (FT's too)", UNROLLING, PARTS)
     meta_every: int = option(10, "P: PT steps between two meta steps", LEARNING, AT_LEAST_1)
     meta_batch_size: int = option(256, "PT examples a meta step", LEARNING, AT_LEAST_1)
     meta_lr: float = option(1e-3, "Learning rate of φ (Adam)", LEARNING, POSITIVE)
@@ -655,7 +657,8 @@ def call(module: nn.Module, params: Params, *inputs, train: bool = False, live: 
 class Domain(abc.ABC):
     """One experiment: its data, networks, φ, losses and metric. A subclass sets `sizes`, defines what is abstract here
     and, where the default does not serve, the rest. Examples are known by their number within a part of the data:
-    pretrain, finetune, validation, and what `tests` names; `index` is such numbers, [n] int64 on `device`."""
+    pretrain, finetune, validation, and what `tests` names, each in random order; `index` is such numbers, [n] int64 on
+    `device`."""
 
     Settings: ClassVar[type[Settings]] = Settings
     presets: ClassVar[dict[str, dict]] = {}  # by name: settings that differ from the defaults
@@ -776,6 +779,14 @@ MANY_SKIPPED = 10  # meta steps in a row without a finite hypergradient: the run
 CHECKPOINT_EVERY = 20  # rounds of P PT steps
 
 
+HELD_OUT, FOLDS = 1000, 5  # from so many FT examples a fifth of them is kept from learning φ
+
+
+def held_out(domain: "Domain") -> int:  # how many FT examples, the last, say whether the learned φ is worth it
+    n = domain.sizes["finetune"]
+    return n // FOLDS if n >= HELD_OUT else 0
+
+
 class Stream:  # indices of mini-batches: a new permutation each epoch, without its incomplete end
     def __init__(self, n: int, batch: int, device: torch.device):
         self.n, self.batch, self.device = n, min(batch, n), device
@@ -807,6 +818,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         groups = [{"params": [p], "initial_lr": rates[name]} for name, p in self.meta.named_parameters()]
         self.meta_optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))  # its rates are set in `meta_step`
         sizes = {**domain.sizes, "meta": domain.sizes["pretrain"], **domain.access}
+        sizes["finetune"] = min(sizes["finetune"], domain.sizes["finetune"] - held_out(domain))
         batches = {"pretrain": settings.batch_size, "meta": settings.meta_batch_size,
                    "finetune": settings.unroll_batch_size, "validation": settings.validation_batch_size}  # fmt: skip
         self.streams = {name: Stream(sizes[name], batch, domain.device) for name, batch in batches.items()}
@@ -834,6 +846,13 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         setattr(self, which, state)
         self.losses |= {"pretrain_loss": value.detach().sum(), "finetune_loss": head_value.detach()}
 
+    def validation_loss(self) -> Loss:  # L_V: a mean over validation examples, or over these and FT's
+        parts = ("validation",) if self.settings.validate_on == "validation" else ("finetune", "validation")
+        batches = {part: self.streams[part].next() for part in parts}
+        losses = [self.domain.finetune_loss(self.network, self.head, part, i) for part, i in batches.items()]
+        shares = [len(i) / sum(map(len, batches.values())) for i in batches.values()]
+        return lambda theta, psi: sum(share * loss(theta, psi) for share, loss in zip(shares, losses, strict=True))
+
     def meta_step(self, progress: float) -> None:  # one step on φ, which stays where no hypergradient is finite
         domain, settings, streams = self.domain, self.settings, self.streams
         finetune = [domain.finetune_loss(self.network, self.head, "finetune", streams["finetune"].next())
@@ -841,8 +860,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         try:
             result = hypergradient(
                 domain.pretrain_loss(self.network, self.meta, streams["meta"].next(), progress, live=False), finetune,
-                domain.finetune_loss(self.network, self.head, "validation", streams["validation"].next()),
-                detached(self.network), self.psi, detached(self.meta),
+                self.validation_loss(), detached(self.network), self.psi, detached(self.meta),
                 unroll=settings.unroll, solver=settings.inverse, ft_state=self.ft_state)  # fmt: skip
             if result.residual >= 1 and not any(q.any() for q in result.q.values()):
                 raise FloatingPointError("q = 0, the PT Hessian curves down along v: --damping may help")
@@ -997,48 +1015,55 @@ class Finetuned(NamedTuple):  # an encoder after FT, where its validation loss w
     validation_loss: float
 
 
-def finetune(domain: Domain, network: Network, examples: int, seed: int) -> Finetuned:
+def finetune(domain: Domain, network: Network, examples: int, seed: int, held: Tensor | None = None) -> Finetuned:
     """FT (Adam) of a fresh head, and in scope "all" a copy of the encoder, on so many examples; scored at the best
-    look. `measure_*` of the settings say how. For a seed, every encoder gets the same examples, head and batches."""
+    look. `measure_*` of the settings say how. For a seed, every encoder gets the same examples, head and batches.
+    `held` [n]: FT examples that FT does not get; the score is theirs, as "held", in place of the test parts'."""
     torch.manual_seed(seed)
     settings, device, (train, validate) = domain.settings, domain.device, domain.divide(examples)
-    chosen = torch.randperm(domain.sizes["finetune"])[:train]  # the first of one order: sets by size are nested
+    chosen = torch.randperm(domain.sizes["finetune"])  # the first of one order: sets by size are nested
     order = torch.randperm(domain.sizes["validation"], generator=torch.Generator().manual_seed(seed))
     head, network, frozen = domain.head(), copy.deepcopy(network).eval(), settings.measure_scope == "head"
-    index = {"finetune": chosen, "validation": order[:validate].sort()[0]}
-    index |= {part: torch.arange(domain.sizes[part]) for part in domain.tests}
-    index, hidden = {part: rows.to(device) for part, rows in index.items()}, {}
+    if held is None:
+        scored = {part: (part, torch.arange(domain.sizes[part])) for part in domain.tests}
+    else:
+        scored, chosen = {"held": ("finetune", held)}, chosen[~torch.isin(chosen, held)]
+    chosen = chosen[:train]
+    sets = {"finetune": ("finetune", chosen), "validation": ("validation", order[:validate].sort()[0]), **scored}
+    index, hidden = {name: (part, rows.to(device)) for name, (part, rows) in sets.items()}, {}
     if frozen:  # the encoder stands still, so each example passes it once
         with torch.no_grad():
-            for part, rows in index.items():
-                hidden[part] = torch.cat([network(domain.inputs(part, i), features=True) for i in rows.split(2048)])
+            for name, (part, rows) in index.items():
+                hidden[name] = torch.cat([network(domain.inputs(part, i), features=True) for i in rows.split(2048)])
 
-    def outputs(part, rows):
-        return head(hidden[part][rows] if frozen else network(domain.inputs(part, index[part][rows]), features=True))
+    def outputs(name, rows):
+        part, numbers = index[name]
+        return head(hidden[name][rows] if frozen else network(domain.inputs(part, numbers[rows]), features=True))
 
     @torch.no_grad()
-    def measured(part):
+    def measured(name):
         network.eval()
-        rows = torch.arange(len(index[part]), device=device)
-        return torch.cat([outputs(part, i) for i in rows.split(2048)]), domain.targets(part, index[part])
+        part, numbers = index[name]
+        rows = torch.arange(len(numbers), device=device).split(2048)
+        return torch.cat([outputs(name, i) for i in rows]), domain.targets(part, numbers)
 
     rate = settings.measure_lr or {"head": 1e-2, "all": 1e-3}[settings.measure_scope]
     optimizer = adam([*head.parameters(), *([] if frozen else network.parameters())], rate)
-    best, kept = math.inf, dict.fromkeys(domain.tests, math.nan)
+    best, kept = math.inf, dict.fromkeys(scored, math.nan)
     batches = Stream(len(chosen), settings.measure_batch_size, device)
-    steps = settings.measure_epochs * -(-train // settings.measure_batch_size) or settings.measure_steps
+    steps = settings.measure_epochs * -(-len(chosen) // settings.measure_batch_size) or settings.measure_steps
     number = settings.measure_epochs or 25
     looks = {round(look * steps / number) for look in range(1, number + 1)}
     for step in range(1, steps + 1):
         rows = batches.next()
         if not frozen:
             domain.transfer(network)
-        loss = domain.loss(outputs("finetune", rows), domain.targets("finetune", index["finetune"][rows]))
+        loss = domain.loss(outputs("finetune", rows), domain.targets("finetune", index["finetune"][1][rows]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step in looks and (value := domain.loss(*measured("validation")).item()) < best:
-            best, kept = value, {part: domain.score(*measured(part)) for part in domain.tests}
+            best, kept = value, {name: domain.score(*measured(name)) for name in scored}
     return Finetuned(kept, best)
 
 
@@ -1053,6 +1078,14 @@ def compare(domain: Domain, methods: dict, examples: Sequence[int], seeds: int, 
             results[method, n].append(finetune(domain, network, n, seed))
         advance()
     return results
+
+
+def held_score(domain: Domain, network: Network, examples: int, seed: int) -> float:
+    """The metric after FT on FT examples that FT did not get: those that learning φ did not get either, where there are
+    enough for that, or else each fifth in turn."""
+    n, kept = domain.sizes["finetune"], held_out(domain)
+    folds = [torch.arange(n - kept, n)] if kept else torch.arange(n).tensor_split(min(FOLDS, n))
+    return float(np.mean([finetune(domain, network, examples, seed, held).scores["held"] for held in folds]))
 
 
 def finetune_sizes(domain: Domain) -> list[int]:  # those of --sizes, or the domain's
@@ -1122,15 +1155,17 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
 
 class ExampleWeights(nn.Module):
-    """φ = a network, of images to one score a label, that gives a PT example a weight: the probability of its label
-    (Raghu et al. 2021, section 4.1). What speaks for one label of an image speaks against the others."""
+    """φ = a network, of images to one score a label, that gives a PT example a weight (Raghu et al. 2021, section 4.1):
+    the exponential of how far the score of its label is below the best. What speaks for one label of an image speaks
+    against the others, and an image of which nothing is known keeps its weight of 1."""
 
     def __init__(self, scores: nn.Module):
         super().__init__()
         self.scores = scores
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.scores(images).softmax(1).gather(1, labels[:, None]).squeeze(1)
+        scores = self.scores(images)
+        return (scores.gather(1, labels[:, None]).squeeze(1) - scores.max(1).values).exp()
 
 
 class SmallCNN(nn.Sequential):  # for images of 8 x 8 to 28 x 28: [n, 1, h, w] to [n, features]
@@ -1266,8 +1301,11 @@ class DigitsNoise(Images):
     hypergradient then lets φ exchange classes and drop them."""
 
     class Settings(Images.Settings, steps=2600, warmup=200, meta_every=6, batch_size=128, unroll_lr=1e-6,
-                   unroll_batch_size=300, meta_batch_size=1000, meta_lr=1.5e-2, meta_lr_decay=0.1, average=0.15,
+                   unroll_batch_size=300, validate_on="all", meta_batch_size=1000, meta_lr=1.5e-2, meta_lr_decay=0.1, average=0.15,
                    solver="cg", terms=5, damping=0.1):  # fmt: skip
+        phi_dropout: float = option(
+            0.3, "Share of pixels that φ does not see as it learns", check=BELOW_1, learning=True
+        )
         noise: float = option(0.5, "Share of the PT examples with a wrong label", check=BELOW_1, data=True)
 
     captions: ClassVar = {"clean_to_noisy_weight_ratio": "weight of clean / of noisy examples"}
@@ -1292,22 +1330,26 @@ class DigitsNoise(Images):
         return head.to(self.device)
 
     def meta(self):
-        scores = nn.Sequential(SmallCNN(self.height, 16, 64, 0.0), nn.Linear(64, self.classes))
+        scores = nn.Sequential(SmallCNN(self.height, 16, 64, self.settings.phi_dropout), nn.Linear(64, self.classes))
         return ExampleWeights(scores).to(self.device)
 
     def pretrain_loss(self, network, meta, index, progress, live):
         images, labels = self.inputs("pretrain", index), self.targets("pretrain", index)
 
         def loss(theta, phi):
-            weights = call(meta, phi, images, labels, train=True)
+            weights = self.weigh(meta, phi, index, live)
             logits = call(network, theta, images, train=True, live=live)[:, self.features :]
             return (weights * F.cross_entropy(logits, labels, reduction="none")).mean()
 
         return loss
 
+    def weigh(self, meta, phi, index, live):  # weights of PT examples; pixels are dropped only while φ is learned
+        return call(meta, phi, self.inputs("pretrain", index), self.targets("pretrain", index), train=not live)
+
     @torch.no_grad()
     def weights(self, meta, most: int | None = None) -> Tensor:  # of the first `most` PT examples, on the CPU
         batches = torch.arange(self.sizes["pretrain"], device=self.device)[:most].split(4096)
+        meta.eval()
         return torch.cat([meta(self.inputs("pretrain", i), self.targets("pretrain", i)) for i in batches]).cpu()
 
     def facts(self, meta, most=None):
@@ -1586,6 +1628,7 @@ OPTIONS = {  # name: type, how --help shows it, default
     "runs": (list[Path], typer.Argument(help="Runs of one domain; the others are compared to the first"), NEEDED),
     "preset": (str, Option(help="Settings to begin with", show_default=False), "default"),
     "phi": (Path | None, Option(help="Use the φ that this run learned, frozen"), None),
+    "use": (str, Option(help="Of --phi: learned; or chosen, the default φ where the run chose it"), "chosen"),
     "of": (str | None, Option("--domain", help="A run's own, where its file has changed"), None),
     "export": (Path | None, Option(help="Also write the encoder's state_dict to this new file"), None),
     "resume": (Path | None, Option(help="Go on with this run, from its last checkpoint"), None),
@@ -1594,7 +1637,7 @@ OPTIONS = {  # name: type, how --help shows it, default
     "out": (Path | None, Option(help="The run's new folder; else one under runs/"), None),
     "json": (bool, Option("--json", help="Print the summary as JSON and nothing else"), False)}  # fmt: skip
 COMMANDS = {  # name: what --help says of it, the options that it has beside those of all and settings
-    "pretrain": ("Pre-train with φ fixed: the baseline, or (--phi) at what a run learned.", "domain preset phi resume"),
+    "pretrain": ("Pre-train with φ fixed: the baseline, or (--phi) at what a run learned.", "domain preset phi use resume"),
     "meta": ("Learn φ while pre-training (Algorithm 1), then compare what it is worth.", "domain preset resume"),
     "finetune": ("Fine-tune a run's encoder, over seeds and FT-set sizes, beside one without PT.", "run of export"),
     "eval": ("Test metrics of runs, paired by seed, with differences and 95 % intervals.", "runs of")}  # fmt: skip
@@ -1711,7 +1754,9 @@ def make_command(command: str, kind: type[Domain] | None = None):
 
     def run_command(**values):
         given = {f.name: value for f in fields if (value := values.pop(f.name)) is not None}
-        ask = SimpleNamespace(**{"phi": None, "export": None} | values, given=given, begun=time.perf_counter())
+        ask = SimpleNamespace(
+            **{"phi": None, "use": "chosen", "export": None} | values, given=given, begun=time.perf_counter()
+        )
         ask.console = rich.console.Console(stderr=ask.json)
         return train(command, kind, ask) if kind else measure_runs(command, ask)
 
@@ -1771,24 +1816,43 @@ def train(command: str, kind: type[Domain], ask) -> None:  # `pretrain` and `met
         lines += [f"(φ was learned with {domain.finetune_limits()[1]} examples' FT labels)"] * (settings.compare > 0)
     methods["online" if learn else "learned_phi" if run.config()["phi"] else "default_phi"] = lambda _: learner.network
     if settings.compare:
-        with progress_bar(console, "comparing", settings.compare * len(methods)) as bar:
+        methods = {name: functools.cache(network_of) for name, network_of in methods.items()}
+        with progress_bar(console, "comparing", settings.compare * (len(methods) + learn * (len(methods) - 1))) as bar:
             results = compare(domain, methods, sizes, settings.compare, bar)
-        losses = {m: np.mean([o.validation_loss for o in results[m, sizes[-1]]]) for m in list(methods)[1:]}
-        summary["comparison"] = comparison_rows(domain, results)
-        summary["chosen"] = min(losses, key=losses.get) if learn else None
+            found, line = choose(domain, methods, sizes[-1], bar) if learn else ({}, None)
+        summary |= {"comparison": comparison_rows(domain, results), **found}
+        lines += [line] if line else []
     conclude(command, domain, run, summary, ask, lines, run_figures(domain, learner, run.history()))
+
+
+def choose(domain: Domain, methods: dict, examples: int, advance) -> tuple[dict, str]:
+    """Default φ, learned φ or the meta run's θ, by `held_score`: for the summary, and in a sentence."""
+    held = {"default_phi": [], "learned_phi": [], "online": []}
+    for method, seed in itertools.product(held, range(domain.settings.compare)):
+        held[method].append(held_score(domain, methods[method](seed), examples, seed))
+        advance()
+    gains = {method: mean_and_error(np.subtract(scores, held["default_phi"])) for method, scores in held.items()}
+    chosen = max(gains, key=lambda method: gains[method]["mean"] or 0.0)  # the default where there is nothing in it
+    best = max(("learned_phi", "online"), key=lambda method: gains[method]["mean"] or -math.inf)
+    mean, error = (math.nan if value is None else 100 * value for value in gains[best].values())
+    name = {"learned_phi": "the learned φ", "online": "the θ of this run"}[best]
+    verdict = "not worth it here: keep the default φ" if chosen == "default_phi" else "keep it"
+    line = f"{name} is worth {mean:+.1f} ± {error:.1f} points on FT labels that FT did not get: {verdict}"
+    return {"chosen": chosen, "held_score": {method: mean_and_error(scores) for method, scores in held.items()}}, line
 
 
 def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
     """A new run and its training; or, with --resume, those of an earlier one at its last checkpoint."""
+    if ask.use not in ("chosen", "learned"):
+        raise BadInput(f"--use is {ask.use!r}, expected chosen or learned")
     if not ask.resume:
         domain = kind(settings_of(kind, ask.given, ask.preset), pick_device(ask.device), ask.data)
         config = {"command": command, **identity(kind), "phi": str(ask.phi.resolve()) if ask.phi else None,
                   "device": str(domain.device), "torch": torch.__version__, "data": domain.data_digest(),
                   "settings": dataclasses.asdict(domain.settings)}  # fmt: skip
     else:
-        if ask.out or ask.phi or ask.preset != "default":
-            raise BadInput("--resume goes on with a run as it was started: no --out, --phi or --preset")
+        if ask.out or ask.phi or ask.preset != "default" or ask.use != "chosen":
+            raise BadInput("--resume goes on with a run as it was started: no --out, --phi, --use or --preset")
         config = (run := Run(ask.resume)).config()
         if config["command"] != command:
             raise BadInput(f"{ask.resume} is a run of {config['command']}: resume it with that command")
@@ -1798,6 +1862,11 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
             if value != (before := getattr(domain.settings, name)):
                 raise BadInput(f"{flag(name)} {value} is not what {ask.resume} was started with: {before}")
     phi = phi_of(Path(config["phi"]), config, domain, ask.console) if config["phi"] else None
+    if phi and not ask.resume and ask.use == "chosen" and not worth_it(ask.phi):
+        config["phi"] = phi = None
+        ask.console.print(
+            f"{ask.phi} found its φ not worth it: this is PT with the default φ (--use learned: with its)"
+        )
     training = Training(domain, command == "meta", phi)
     if not ask.resume:
         finetune_sizes(domain)  # what cannot be is said before anything is written
@@ -1832,6 +1901,13 @@ def phi_of(folder: Path, config: dict, domain: Domain, console) -> dict:  # that
     with refusing(f"{folder}: its φ does not fit"):
         domain.meta().load_state_dict(content["phi"])
     return content["phi"]
+
+
+def worth_it(folder: Path) -> bool:  # whether a run of `meta` chose what it learned, or did not choose
+    if not (path := folder / "summary.json").exists():
+        return True
+    with refusing(f"{path} cannot be read"):
+        return json.loads(path.read_text())["chosen"] != "default_phi"
 
 
 def follow(training: Training, run: Run, console) -> None:  # with bar, metrics, checkpoints; Ctrl-C saves one

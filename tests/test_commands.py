@@ -134,7 +134,8 @@ def test_the_same_command_gives_the_same_numbers(runs, tmp_path):
 
 def test_phi_that_was_learned_can_be_frozen(runs, tmp_path):
     given = {name: TINY[ROTATION][name] for name in ("steps", "compare", "measure_steps", "sizes")}
-    summary = summary_of(tmp_path, "pretrain", "--phi", runs / ROTATION, "--out=frozen", *options(given))
+    frozen = ("pretrain", "--phi", runs / ROTATION, "--use=learned", "--out=frozen")
+    summary = summary_of(tmp_path, *frozen, *options(given))
     assert summary["phi"] == json.loads((runs / ROTATION / "summary.json").read_text())["phi"]
     assert summary["meta_steps"] == 0
     assert [row["method"] for row in summary["comparison"][::2]] == ["no_pretraining", "learned_phi"]
@@ -144,13 +145,35 @@ def test_phi_that_was_learned_can_be_frozen(runs, tmp_path):
     assert summary_of(tmp_path, "pretrain", "--resume=frozen")["phi"] == summary["phi"]
 
 
+@pytest.mark.parametrize(("chosen", "use", "method"), [
+    ("default_phi", "chosen", "default_phi"), ("default_phi", "learned", "learned_phi"), ("online", "chosen", "learned_phi"),
+    ("learned_phi", "chosen", "learned_phi"), (None, "chosen", "learned_phi"),
+])  # fmt: skip
+def test_pretraining_uses_what_the_run_chose_unless_told_otherwise(copied, tmp_path, chosen, use, method):
+    path = copied("toy") / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chosen": chosen}))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    toy_file(tmp_path / "toy.py")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"domain": f"{tmp_path / 'toy.py'}:Toy"}))
+    code, out, err = main_in(tmp_path, "pretrain", "toy.py", "--phi=run", "--use", use, "--out=afresh")
+    assert code == 0, err
+    assert ("not worth it" in out) == (method == "default_phi")
+    summary = json.loads((tmp_path / "afresh" / "summary.json").read_text())
+    assert summary["comparison"][-1]["method"] == method
+    code, out, err = main_in(tmp_path, "pretrain", "--resume=afresh")
+    assert (
+        code == 0
+        and json.loads((tmp_path / "afresh" / "summary.json").read_text())["comparison"] == summary["comparison"]
+    )
+
+
 def test_phi_of_an_unfinished_run_is_used_and_said_to_be(copied, tmp_path):
     content = torch.load(copied("toy") / "checkpoint.pt", weights_only=True)
     torch.save({**content, "step": 16}, tmp_path / "run" / "checkpoint.pt")
     toy_file(tmp_path / "toy.py")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"domain": f"{tmp_path / 'toy.py'}:Toy"}))
-    code, out, _ = main_in(tmp_path, "pretrain", "toy.py", "--phi=run", "--compare=0")
+    code, out, _ = main_in(tmp_path, "pretrain", "toy.py", "--phi=run", "--use=learned", "--compare=0")
     assert code == 0
     assert "run is unfinished: its φ is that of PT step 16" in " ".join(out.split())
     config = json.loads((tmp_path / "runs" / "pretrain-toy-Toy" / "config.json").read_text())
@@ -546,7 +569,9 @@ def test_help_shows_the_options_of_the_command_and_the_domain_with_their_default
     out, shown = help_of(tmp_path, command, name)
     fields = metapt.dataclasses.fields(kind.Settings)
     wanted = [f for f in fields if command == "meta" or not f.metadata["learning"]]
-    general = {"preset", "resume", "device", "data", "out", "json", "help"} | {"pretrain": {"phi"}}.get(command, set())
+    general = {"preset", "resume", "device", "data", "out", "json", "help"} | {"pretrain": {"phi", "use"}}.get(
+        command, set()
+    )
     assert set(shown) == {f.name.replace("_", "-") for f in wanted} | general
     assert ("meta-lr" in shown) == ("solver" in shown) == (command == "meta")
     for f in wanted:

@@ -542,7 +542,7 @@ def test_pretraining_with_masks_and_noise_alone_and_at_learned_phi(runs):
     given = {name: TINY[name] for name in ("width", "steps", "batch_size")} | {"compare": 0}
     assert main_in(runs, "pretrain", "ecg", "--augment=simclr", "--out=plain", *options(given))[0] == 0
     assert summary(runs / "plain")["phi"].keys() == {"mask", "noise"}
-    assert main_in(runs, "pretrain", "ecg", "--phi=one", "--out=frozen", *options(given))[0] == 0
+    assert main_in(runs, "pretrain", "ecg", "--phi=one", "--use=learned", "--out=frozen", *options(given))[0] == 0
     assert summary(runs / "frozen")["phi"]["warp.scale"] == summary(runs / "one")["phi"]["warp.scale"]
     assert "does not fit" in refused(runs, "pretrain", "ecg", "--phi=one", "--augment=simclr", *options(given))
 

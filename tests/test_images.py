@@ -50,15 +50,17 @@ def test_phi_of_the_rotations_is_the_mean_of_their_normal_distribution(monkeypat
     assert seen[0].std().item() == pytest.approx(5, abs=0.2)
 
 
-def test_example_weights_are_the_probability_of_the_label():
+def test_an_example_weighs_less_the_further_its_label_is_from_the_best():
     torch.manual_seed(0)
     meta = metapt.ExampleWeights(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
     images, labels = torch.rand(5, 1, 8, 8), torch.arange(5)
-    weights = meta(images, labels)
     by_label = torch.stack([meta(images, torch.full((5,), label)) for label in range(10)])
-    torch.testing.assert_close(by_label.sum(0), torch.ones(5))
-    torch.testing.assert_close(weights, by_label[:5].diag())
+    torch.testing.assert_close(meta(images, labels), by_label[:5].diag())
     torch.testing.assert_close(by_label[0] / by_label[1], (meta.scores(images)[:, 0] - meta.scores(images)[:, 1]).exp())
+    assert torch.equal(by_label.max(0).values, torch.ones(5))  # the label that it would give weighs 1
+    nn.init.zeros_(meta.scores[1].weight)
+    nn.init.zeros_(meta.scores[1].bias)
+    assert torch.equal(meta(images, labels), torch.ones(5))  # as do all of them where nothing is known
 
 
 @pytest.mark.parametrize("height", [8, 15, 16, 28])
@@ -111,13 +113,13 @@ def test_finetuning_of_the_noise_domains_begins_as_the_classifier_of_pretraining
 
 
 def test_the_loss_of_the_noise_domains_is_the_mean_of_weight_times_cross_entropy():
-    domain = domain_of(NOISE, dropout=0.0)
+    domain = domain_of(NOISE, dropout=0.0, phi_dropout=0.0)
     network, meta, rows = domain.network(), domain.meta(), torch.arange(7)
     loss = domain.pretrain_loss(network, meta, rows, 0.0, live=False)
     expected = 0.0
     for i in range(7):
         image, label = domain.pixels["pretrain"][i].float()[None] / 16, domain.labels["pretrain"][i]
-        weight = meta.scores(image).softmax(1)[0, label]
+        weight = (meta.scores(image)[0, label] - meta.scores(image).max()).exp()
         expected -= weight * network(image)[:, -10:].log_softmax(1)[0, label] / 7
     found = loss(dict(network.named_parameters()), dict(meta.named_parameters()))
     torch.testing.assert_close(found, expected)
@@ -184,7 +186,8 @@ def test_hypergradients_of_the_domains_against_central_differences(name, monkeyp
         metapt.Images, "inputs", lambda self, part, index: self.pixels[part][index].double() / self.scale
     )
     try:
-        check_hypergradient(domain_of(name, unroll_lr=0.05, seed=1))
+        # Dropped pixels are kinks by the thousand, at which differences are off.
+        check_hypergradient(domain_of(name, unroll_lr=0.05, seed=1, **({"phi_dropout": 0.0} if name == NOISE else {})))
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -259,7 +262,7 @@ def test_with_no_label_wrong_or_none_right_there_is_no_ratio(noise):
     domain = domain_of(NOISE, noise=noise)
     facts = domain.facts(domain.meta())
     assert facts["clean_to_noisy_weight_ratio"] is None
-    assert facts["mean_weight_noisy" if noise else "mean_weight_clean"] == pytest.approx(0.1, abs=0.02)
+    assert facts["mean_weight_noisy" if noise else "mean_weight_clean"] == pytest.approx(0.85, abs=0.1)
     assert domain.measure(domain.meta()) == {"clean_to_noisy_weight_ratio": None}
 
 

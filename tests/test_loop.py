@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -338,6 +339,23 @@ def test_steps_draw_their_batches_where_the_settings_say_and_see_no_more_than_a_
         assert set(torch.cat([learner.streams[part].next() for _ in range(50)]).tolist()) == set(range(most))
 
 
+def test_the_validation_loss_may_be_over_all_labels(monkeypatch):
+    """A mean over FT and validation examples, each counting once."""
+    learner = training(validate_on="all", unroll_batch_size=20, validation_batch_size=16).best
+    network, psi = metapt.detached(learner.network), learner.psi
+    every = {part: torch.arange(learner.domain.sizes[part]) for part in ("finetune", "validation")}
+    losses = {part: learner.domain.finetune_loss(learner.network, learner.head, part, i)(network, psi)
+              for part, i in every.items()}  # fmt: skip
+    expected = (20 * losses["finetune"] + 16 * losses["validation"]) / 36
+    torch.testing.assert_close(learner.validation_loss()(network, psi), expected)
+    given = []
+    real = metapt.hypergradient
+    monkeypatch.setattr(metapt, "hypergradient", lambda *args, **kw: (given.append(args[2]), real(*args, **kw))[1])
+    learner.meta_step(0.0)
+    torch.testing.assert_close(given[0](network, psi), expected)
+    torch.testing.assert_close(training().best.validation_loss()(network, psi).shape, expected.shape)
+
+
 def test_in_scope_all_the_head_beside_pretraining_keeps_moments_of_its_own():
     for scope, which, other in (("head", "ft_state", "head_state"), ("all", "head_state", "ft_state")):
         learner = training(unroll_scope=scope).best
@@ -553,6 +571,62 @@ def test_sets_are_nested_and_the_same_for_all_methods(asked, scope, monkeypatch)
     asked.clear()
     metapt.finetune(domain, domain.network(), 10, 0)
     assert [len(examples(asked, part)) for part in ("finetune", "validation")] == [7, 3]
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+def test_examples_that_are_held_are_scored_and_nothing_else(asked, scope):
+    domain = domain_of(Toy, measure_scope=scope)
+    whole = examples_of_finetuning(asked, domain, None)
+    held = torch.tensor([3, 7, 8])
+    assert examples_of_finetuning(asked, domain, held) == whole - {3, 7, 8}
+    assert examples(asked, "test") == set()
+    found = metapt.finetune(domain, domain.network(), 20, 0, held)
+    assert set(found.scores) == {"held"} and 0 <= found.scores["held"] <= 1
+
+
+def examples_of_finetuning(asked, domain, held) -> set[int]:
+    """What FT learns from: its batches are those with a gradient."""
+    asked.clear()
+    seen, real = set(), domain.targets
+    domain.targets = lambda part, index: (
+        seen.update(index.tolist() if part == "finetune" and torch.is_grad_enabled() else ()),
+        real(part, index),
+    )[1]
+    metapt.finetune(domain, domain.network(), 20, 0, held)
+    del domain.targets
+    return seen
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_what_is_held_is_kept_from_learning_phi_where_there_is_enough(monkeypatch, enough):
+    """A fifth of the FT examples, or each fifth in turn."""
+    monkeypatch.setattr(metapt, "HELD_OUT", 20 if enough else 21)
+    learner, calls = training(unroll_batch_size=4).best, []
+    seen = set(torch.cat([learner.streams["finetune"].next() for _ in range(50)]).tolist())
+    assert seen == set(range(16 if enough else 20))
+    monkeypatch.setattr(metapt, "finetune", lambda domain, network, n, seed, held: (
+        calls.append((n, seed, held.tolist())), metapt.Finetuned({"held": len(calls) / 10}, 0.0))[1])  # fmt: skip
+    score = metapt.held_score(learner.domain, learner.network, 20, 5)
+    assert score == pytest.approx(0.1 if enough else 0.3)
+    folds = [held for _, _, held in calls]
+    assert folds == ([[16, 17, 18, 19]] if enough else [list(range(i, i + 4)) for i in range(0, 20, 4)])
+    assert {(n, seed) for n, seed, _ in calls} == {(20, 5)}
+
+
+@pytest.mark.parametrize(("held", "chosen", "words"), [
+    ({"default_phi": 0.7, "learned_phi": 0.72, "online": 0.71}, "learned_phi", "the learned φ is worth +2.0 ± 0.0.*: keep it"),
+    ({"default_phi": 0.7, "learned_phi": 0.72, "online": 0.75}, "online", "the θ of this run is worth +5.0.*: keep it"),
+    ({"default_phi": 0.7, "learned_phi": 0.69, "online": 0.68}, "default_phi", "the learned φ is worth -1.0.*not worth it"),
+    ({"default_phi": 0.7, "learned_phi": 0.7, "online": 0.7}, "default_phi", "worth [+]0.0.*keep the default"),
+    ({"default_phi": math.nan, "learned_phi": math.nan, "online": math.nan}, "default_phi", "nan.*keep the default"),
+])  # fmt: skip
+def test_what_did_best_on_held_labels_is_chosen(monkeypatch, held, chosen, words):
+    monkeypatch.setattr(metapt, "held_score", lambda domain, network, n, seed: held[network] + seed / 100)
+    methods = {method: lambda seed, method=method: method for method in held}
+    found, line = metapt.choose(domain_of(Toy, compare=3), methods, 20, lambda: None)
+    assert found["chosen"] == chosen
+    assert re.search(words.replace("+2", "[+]2").replace("+5", "[+]5"), line), line
+    assert set(found["held_score"]) == set(held)
 
 
 @pytest.mark.parametrize(("scope", "given", "rate"), [("head", None, 1e-2), ("all", None, 1e-3), ("all", 0.5, 0.5)])

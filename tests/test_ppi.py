@@ -251,7 +251,7 @@ def test_pretrain_loss_is_the_weighted_mean_over_tasks(home, kind, live):
 def test_weighted_cotrain_begins_as_cotrain(home):
     made = {kind: make(home, kind, dropout=0.0) for kind in (baselines.CoTrain, baselines.WeightedCoTrain)}
     index, values = torch.arange(40), []
-    for kind, domain in made.items():
+    for domain in made.values():
         torch.manual_seed(0)
         network, _, meta = modules(domain)
         loss = domain.pretrain_loss(network, meta, index, 0.0, live=True)
