@@ -2,6 +2,7 @@
 
     python -m bench.ppi study --seed 1      all methods on the yeast graphs, one seed (data/ppi must be there)
     python -m bench.ppi report              tables and figures of all seeds that there are
+    python -m bench.ppi tell                how well hypergradients tell true PT tasks from permuted ones
     python -m bench.ppi twins               how many FT terms have all but the same proteins as a PT term
     python -m bench.ppi scale               generated graphs at the published averages: this against the published way
 
@@ -35,6 +36,9 @@ DATA = Annotated[Path, typer.Option(help="Where downloaded data lie")]
 # Before FT: which FT data may be seen. FT itself has all labels of the tasks that it is scored on.
 ACCESS = {"full": {}, "half": {"ft_share": 0.5}, "unseen": {"unseen_tasks": 10}}
 SELECT = {"select": 235}  # a quarter of the PT tasks
+# Of `study`: heads that begin at 0, and φ learned as before base rates and evaluation mode were found to matter.
+PLAIN = {"base_rates": False, "meta_train": True, "unroll_lr": 1e-3, "meta_lr": 1.0, "meta_batch_size": 128,
+         "validation_batch_size": 250}  # fmt: skip
 PUBLISHED = {"solver": "neumann", "terms": 1, "alpha": 1e-3, "hvp": "exact", "unroll_hvp": ""}
 PRESET = {name: getattr(PPI.Settings(), name) for name in PUBLISHED}
 PRETRAINED = {"supervised": PPI, "cotrain": CoTrain, "pcgrad": PCGrad}
@@ -51,7 +55,9 @@ console = rich.console.Console()
 
 
 def make(data: Path, seed: int, kind=PPI, steps: int = 1000, **given) -> metapt.Domain:
-    settings = kind.Settings(seed=seed, source="string-yeast", steps=steps, warmup=min(100, steps // 6), **given)
+    settings = kind.Settings(
+        **{"seed": seed, "source": "string-yeast", "steps": steps, "warmup": min(100, steps // 6), **PLAIN, **given}
+    )
     return kind(settings, metapt.pick_device("auto"), data)
 
 
@@ -198,6 +204,52 @@ def report():
     console.print(
         f"correlation of the weights between two seeds: {np.mean(pairs):.2f}, {min(pairs):.2f} to {max(pairs):.2f}"
     )
+
+
+@app.command()
+def tell(
+    data: DATA = Path("data"),
+    seeds: Annotated[int, typer.Option(help="How many, from 1")] = 2,
+    often: Annotated[int, typer.Option(help="Tasks with so many positives or more")] = 50,
+):
+    """80 % of the PT tasks permuted, φ held at 1: the share of pairs of a true and a permuted task (AUC) in which the true
+    one has the better mean hypergradient so far (q = v, all PT graphs, all FT labels, each scaled to the same size)."""
+    places, rows = (30, 100, 200, 400, 600), []
+    for base_rates, meta_train, seed in itertools.product((False, True), (True, False), range(1, seeds + 1)):
+        made = make(data, seed, steps=places[-1], permuted=0.8, base_rates=base_rates, meta_train=meta_train,
+                    unroll_lr=1e-2, validate_on="all", unroll_batch_size=10**6, validation_batch_size=10**6)  # fmt: skip
+        torch.set_num_threads(1)
+        learner, gradients = metapt.Training(made, learn=False).best, []
+        batches = metapt.Stream(made.sizes["finetune"], 64, made.device)
+        learner.streams["finetune"].next, whole = batches.next, learner.streams["finetune"].next
+        everything, common = torch.arange(made.sizes["pretrain"]), None
+        common = made.graphs.positives(made.rows["pretrain"], made.pretrain_tasks) >= often
+        for step in range(1, places[-1] + 1):
+            learner.pretrain_step(1.0)
+            if step not in places:
+                continue
+            learner.streams["finetune"].next = whole
+            found = metapt.hypergradient(
+                made.pretrain_loss(learner.network, learner.meta, everything, 1.0, live=False), [],
+                learner.validation_loss(), metapt.detached(learner.network), learner.psi,
+                metapt.detached(learner.meta), unroll=metapt.Unroll(0), solver=metapt.Solver("identity", hvp="finite"),
+            ).phi["task_logits"].numpy()  # fmt: skip
+            learner.streams["finetune"].next = batches.next
+            gradients.append(found / abs(found).mean())
+            ranks = stats.rankdata(-np.mean(gradients, 0)[common])
+            true = ~made.permuted[common]
+            auc = (ranks[true].sum() - true.sum() * (true.sum() + 1) / 2) / (true.sum() * (~true).sum())
+            rows.append({"seed": seed, "base_rates": base_rates, "meta_train": meta_train, "step": step, "auc": auc})
+        metapt.save_json(HERE / "results" / "ppi-tell.json", {"torch": torch.__version__, "often": often, "rows": rows})
+    cells = []
+    for base_rates, meta_train in itertools.product((False, True), (True, False)):
+        of = [row for row in rows if (row["base_rates"], row["meta_train"]) == (base_rates, meta_train)]
+        name = (
+            f"outputs begin at {'base rates' if base_rates else '0'}, {'training' if meta_train else 'evaluation'} mode"
+        )
+        means = [np.mean([row["auc"] for row in of if row["step"] == step]) for step in places]
+        cells.append([name, *(f"{mean:.2f}" for mean in means)])
+    metapt.show_table(console, "AUC, true against permuted tasks", ["PT steps", *map(str, places)], cells)
 
 
 @app.command()

@@ -472,7 +472,7 @@ def test_the_paper_preset_is_the_published_protocol(home):
     published = {
         "width": 300, "layers": 5, "dropout": 0.2, "batch_size": 32, "lr": 1e-4, "meta_batch_size": 32,
         "unroll_batch_size": 32, "validation_batch_size": 32, "unroll_lr": 1e-4, "unroll_steps": 1, "meta_every": 10,
-        "meta_lr": 1.0, "solver": "neumann", "terms": 1, "alpha": 1e-4, "hvp": "exact", "unroll_hvp": "",
+        "meta_lr": 1.0, "solver": "neumann", "terms": 1, "alpha": 1e-4, "hvp": "exact", "unroll_hvp": "", "base_rates": False, "meta_train": True,
         "steps": 250_000, "warmup": 2_500,  # 100 epochs and one, of about 80,000 graphs
         "measure_scope": "head", "measure_lr": 1e-4, "measure_epochs": 50, "measure_batch_size": 32,
     }  # fmt: skip

@@ -165,6 +165,7 @@ class PPISettings(
     layers: int = metapt.option(3, "Layers of the GIN", check=metapt.AT_LEAST_1)
     dropout: float = metapt.option(0.2, "Of the GIN, in PT", check=metapt.BELOW_1)
     base_rates: bool = metapt.option(True, "Outputs begin at the terms' base rates")
+    meta_train: bool = metapt.option(False, "φ sees L_PT with dropout and batch statistics", learning=True)
     ft_share: float = metapt.option(1.0, "Share of the FT data had before FT", check=metapt.SHARE)
     unseen_tasks: int = metapt.option(0, "FT tasks that FT alone has, and no other", check=metapt.AT_LEAST_0, data=True)
     permuted: float = metapt.option(0.0, "Share of PT tasks with permuted labels", check=metapt.BELOW_1, data=True)
@@ -186,6 +187,7 @@ class PPI(metapt.Domain):
             **metapt.PUBLISHED, "width": 300, "layers": 5, "steps": 250_000, "warmup": 2_500, "batch_size": 32,
             "meta_batch_size": 32, "unroll_batch_size": 32, "validation_batch_size": 32, "lr": 1e-4, "alpha": 1e-4,
             "unroll_lr": 1e-4, "meta_lr": 1.0, "measure_lr": 1e-4, "measure_epochs": 50, "measure_batch_size": 32,
+            "base_rates": False, "meta_train": True,
         },
     }  # fmt: skip
 
@@ -260,13 +262,13 @@ class PPI(metapt.Domain):
         return self.Weights(len(self.pretrain_tasks)).to(self.device)
 
     def pretrain_loss(self, network, meta, index, progress, live):
-        """Σ_t 2σ(φ_t)·BCE_t / T. For φ (not `live`) it is in evaluation mode, as L_V is: with a batch's own statistics and
-        dropout it is another function, along whose directions L_V does not change; see bench/README.md."""
+        """Σ_t 2σ(φ_t)·BCE_t / T. For φ (not `live`) in evaluation mode, as L_V is: with a batch's own statistics and
+        dropout it changes along other directions than L_V does (bench/README.md has what that is worth)."""
         rows = self.rows["pretrain"][index]
         batch, targets = self.graphs.batch(rows), self.graphs.labels(rows, self.pretrain_tasks)
 
         def loss(theta, phi):
-            outputs = metapt.call(network, theta, batch, train=live, live=live)
+            outputs = metapt.call(network, theta, batch, train=live or self.settings.meta_train, live=live)
             losses = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(0)
             return metapt.call(meta, phi, losses)
 

@@ -37,7 +37,7 @@ class CoTrain(PPI):
         share[:, len(self.pretrain_tasks) :] = known[:, None] / known.sum().clamp(min=1)
 
         def losses(theta):
-            outputs = metapt.call(network, theta, batch, train=live, live=live)
+            outputs = metapt.call(network, theta, batch, train=live or self.settings.meta_train, live=live)
             return (share * F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")).sum(0)
 
         return losses
