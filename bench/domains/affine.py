@@ -62,7 +62,8 @@ class AffineMean(nn.Module):
         return transform(images, self.numbers() + spread * noise)
 
 
-RANGE = "Targets are drawn up to ± this"
+JITTER = 0.02  # spread of FT's maps, and of PT's at the end, as a share of the ranges that targets are drawn from
+RANGE, WIDE = "Targets are drawn up to ± this", (lambda x: x >= JITTER, f"{JITTER} or more")
 
 
 class AffineSettings(
@@ -74,21 +75,17 @@ class AffineSettings(
     range_px: float = metapt.option(1.0, f"{RANGE}: both shifts", check=metapt.POSITIVE, data=True)
     range_log_scale: float = metapt.option(0.3, f"{RANGE}: both log scales", check=metapt.POSITIVE, data=True)
     range_shear: float = metapt.option(0.3, f"{RANGE}: shear", check=metapt.POSITIVE, data=True)
-    jitter: float = metapt.option(0.02, "Spread of FT's maps, in ranges", check=metapt.POSITIVE, data=True)
-    spread: float = metapt.option(0.5, "Of PT's, in ranges; it narrows to --jitter", check=metapt.POSITIVE, learning=True)
+    spread: float = metapt.option(0.5, "Spread of PT's maps, in ranges; it narrows to 0.02", check=WIDE, learning=True)
     narrow: float = metapt.option(1.0, "Share of the run over which it does", check=metapt.SHARE, learning=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.spread >= self.jitter, "spread", f"at least the jitter, {self.jitter}")
 
 
 class DigitsAffine(metapt.Images):
-    """PT images are transformed by N(φ, jitter²), FT images by N(target, jitter²), the target uniform in the ranges. φ begins
-    at the identity. Rates and spreads of the six numbers are in units of their ranges."""
+    """PT images are transformed by maps around φ, FT images by maps around a target, which is uniform in the ranges. φ
+    begins at the identity. Rates and spreads of the six numbers are in units of their ranges."""
 
     Settings = AffineSettings
     captions: ClassVar = {"map_error_px": "φ's map to the target's (pixels)"}
+    presets: ClassVar = {"paper": {**metapt.PUBLISHED, "meta_lr": 1 / 60, "dropout": 0.0, "spread": JITTER}}
 
     def __init__(self, settings, device, data):
         super().__init__(settings, device, data)
@@ -99,7 +96,7 @@ class DigitsAffine(metapt.Images):
         self.target = torch.tensor(list(self.draw_phi(self.random.spawn(1)[0]).values()), device=device)
         for part in ("finetune", "validation", "test"):
             noise = torch.from_numpy(self.random.standard_normal((self.sizes[part], len(NUMBERS)))).float().to(device)
-            numbers = self.target + settings.jitter * self.ranges * noise
+            numbers = (self.target + JITTER * self.ranges * noise).float()
             self.pixels[part] = transform(self.pixels[part].float(), numbers)  # once and for all: FT data are data
 
     def draw_phi(self, random: np.random.Generator) -> dict[str, Tensor]:
@@ -119,8 +116,9 @@ class DigitsAffine(metapt.Images):
 
     def pretrain_loss(self, network, meta, index, progress, live):
         images, labels = self.inputs("pretrain", index), self.targets("pretrain", index)
-        jitter, wide = self.settings.jitter, self.settings.spread
-        spread = self.ranges * jitter * (wide / jitter) ** max(0.0, 1 - progress / self.settings.narrow)
+        # As in DigitsRotation: a wide spread early averages the loss over maps, which flattens its lesser optima.
+        wide, share = self.settings.spread / JITTER, max(0.0, 1 - progress / self.settings.narrow)
+        spread = self.ranges * (JITTER * wide**share)
 
         def loss(theta, phi):
             transformed = metapt.call(meta, phi, images, spread, train=True)
@@ -153,12 +151,10 @@ class DigitsAffine(metapt.Images):
         """The first ten digits of PT: as they are, under the target and under φ."""
         images = self.inputs("pretrain", torch.arange(10, device=self.device))
         maps = {"as is": AffineMean().to(self.device).numbers(), "target": self.target, "learned": meta.numbers()}
-        axes = figure.subplots(len(maps), len(images))
-        for row, (name, numbers) in zip(axes, maps.items(), strict=True):
-            for axis, image in zip(row, transform(images, numbers.expand(len(images), -1)), strict=True):
-                axis.imshow(image[0].cpu(), cmap="gray_r", vmin=0, vmax=1)
-                axis.set(xticks=[], yticks=[])
-            row[0].set_ylabel(name)
+        for axis, (name, numbers) in zip(figure.subplots(len(maps)), maps.items(), strict=True):
+            row = transform(images, numbers.expand(len(images), -1))
+            axis.imshow(torch.cat(list(row[:, 0]), 1).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[], ylabel=name)
 
     def decorate(self, axis):
         axis.set_ylim(0)
