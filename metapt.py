@@ -1617,7 +1617,8 @@ sys.modules.setdefault("metapt", sys.modules[__name__])  # `import metapt` finds
 
 DOMAINS = {  # a class, or file:class in bench/domains; the first is what there is without a name
     "digits-rotation": DigitsRotation, "digits-noise": DigitsNoise, "mnist-rotation": MNISTRotation,
-    "mnist-noise": MNISTNoise, "ppi": "ppi.py:PPI", "ecg": "ecg.py:ECG"}  # fmt: skip
+    "mnist-noise": MNISTNoise, "digits-affine": "affine.py:DigitsAffine", "ppi": "ppi.py:PPI",
+    "ecg": "ecg.py:ECG"}  # fmt: skip
 SCRIPTS = {"mnist": "mnist.py", "ecg": "ptbxl.py", "ppi": "hu_graphs.py",
            "ppi published": "hu_graphs.py", "ppi string-yeast": "string_graphs.py"}  # fmt: skip
 
