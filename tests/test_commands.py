@@ -27,6 +27,7 @@ from tools import (
     options,
     outcome,
     refused,
+    rewrite,
     strict_json,
     summary_of,
     toy_file,
@@ -145,11 +146,9 @@ def test_phi_that_was_learned_can_be_frozen(runs, tmp_path):
 
 
 def test_phi_of_an_unfinished_run_is_used_and_said_to_be(copied, tmp_path):
-    content = torch.load(copied("toy") / "checkpoint.pt", weights_only=True)
-    torch.save({**content, "step": 16}, tmp_path / "run" / "checkpoint.pt")
     toy_file(tmp_path / "toy.py")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"domain": f"{tmp_path / 'toy.py'}:Toy"}))
+    rewrite(copied("toy"), lambda config: config.update(domain=f"{tmp_path / 'toy.py'}:Toy"),
+            lambda content: content.update(step=16))  # fmt: skip
     code, out, _ = main_in(tmp_path, "pretrain", "toy.py", "--phi=run", "--compare=0")
     assert code == 0
     assert "run is unfinished: its φ is that of PT step 16" in " ".join(out.split())
@@ -574,7 +573,7 @@ def test_help_of_the_other_commands(command, tmp_path):
     if command == "download":
         return
     measuring = {f"measure-{name}" for name in ("scope", "lr", "steps", "epochs", "batch-size")} | {"compare", "sizes"}
-    own = {"export"} if command == "finetune" else set()
+    own = {"export", "force"} if command == "finetune" else set()
     assert set(shown) == measuring | own | {"domain", "device", "data", "out", "json", "help"}
 
 

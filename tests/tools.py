@@ -92,6 +92,16 @@ def outcome(folder: Path) -> tuple[dict, str, bytes]:
             (folder / "metrics.jsonl").read_text(), table.read_bytes() if table.exists() else b"")  # fmt: skip
 
 
+def rewrite(run: Path, config=lambda content: None, checkpoint=lambda content: None) -> None:
+    """Changes what a run's config.json and checkpoint hold, as if the program itself had written it so."""
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config(settings) or settings))
+    content = torch.load(run / "checkpoint.pt", weights_only=True)
+    content["config"] = metapt.digest((run / "config.json").read_bytes())
+    torch.save(checkpoint(content) or content, buffer := io.BytesIO())
+    (run / "checkpoint.pt").write_bytes(buffer.getvalue() + metapt.digest(buffer.getvalue()).encode())
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
