@@ -509,17 +509,13 @@ class Failed(Exception): ...  # the run cannot go on: one line
 
 
 @contextlib.contextmanager
-def refusing(problem: str, errors=UNREADABLE):  # what fails within becomes BadInput, one line
+def refusing(problem: str, errors=UNREADABLE, becomes=BadInput):  # what fails within becomes that, one line
     try:
         yield
     except errors as error:
         # The last line: torch begins with what it did and ends with what was wrong.
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:160]
-        raise BadInput(f"{problem}: {'it is missing' if isinstance(error, FileNotFoundError) else reason}") from None
-
-
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+        raise becomes(f"{problem}: {'it is missing' if isinstance(error, FileNotFoundError) else reason}") from None
 
 
 def flag(setting: str) -> str:  # as an option on the command line
@@ -754,25 +750,22 @@ def settle(network: nn.Module, inputs) -> None:
         norm.momentum = 0.1
 
 
-MISSING = object()  # in what `misfit` expects: a key that may be missing
-
-
-def whole(low: int = 0, high: int = 2**53):  # a predicate for `misfit`
+def whole(low: int = 0, high: int = 2**53):  # a predicate for `as_written`
     return lambda value: type(value) is int and low <= value <= high
 
 
-def misfit(stored, expected, key: str = "") -> str | None:
-    """What is wrong with an object from a file, by its first key that is not as the program writes it; None: nothing.
-    `expected`: a dict or a list (the same keys, and so on within), a tensor (its dtype and shape, all finite), a type,
-    a predicate, the value itself, or a tuple of such (one of them)."""
-    if isinstance(expected, tuple):
-        problems = [misfit(stored, each, key) for each in expected]
-        return problems[-1] if all(problems) else None
+def as_written(stored, expected, key: str = ""):
+    """An object from a file, where it is as the program writes it; ValueError: the first key that is not. `expected`:
+    a dict or a list (the same keys, and so on within), a tensor (its dtype and shape, all finite), a type, a predicate,
+    or the value itself."""
     if isinstance(expected, dict | list) and isinstance(stored, dict if isinstance(expected, dict) else list | tuple):
         theirs, ours = (x if isinstance(x, dict) else dict(enumerate(x)) for x in (stored, expected))
-        problems = [misfit(theirs.get(name, MISSING), each, f"{key}{name}.") for name, each in ours.items()]
-        return next(filter(None, problems + [f"{key}{name} is unknown" for name in theirs if name not in ours]), None)
-    found = "missing" if stored is MISSING else reprlib.repr(stored)
+        for name in [*ours, *theirs]:
+            if name not in theirs or name not in ours:
+                raise ValueError(f"{key}{name} is {'missing' if name in ours else 'unknown'}")
+            as_written(theirs[name], ours[name], f"{key}{name}.")
+        return stored
+    found = ""
     if isinstance(expected, Tensor) and isinstance(stored, Tensor):
         right = (stored.layout, stored.dtype, stored.shape) == (expected.layout, expected.dtype, expected.shape)
         found = "not finite" if right else f"a tensor of {stored.dtype} {list(stored.shape)}"
@@ -780,26 +773,24 @@ def misfit(stored, expected, key: str = "") -> str | None:
     elif isinstance(expected, type | UnionType):
         right = type(stored) in (get_args(expected) or (expected,))
     else:
-        same = type(stored) is type(expected) in (str, int, float, bool) and stored == expected
-        right = expected(stored) if callable(expected) else stored is expected or same
-    return None if right else f"{key.removesuffix('.') or 'it'} is {found}"
+        right = expected(stored) if callable(expected) else type(stored) is type(expected) and stored == expected
+    if not right:
+        raise ValueError(f"{key.removesuffix('.') or 'it'} is {found or reprlib.repr(stored)}")
+    return stored
 
 
 def read_prepared(folder: Path, form: str, prepared_by: str, facts: dict, layout) -> tuple[dict, dict[str, Tensor]]:
-    """A folder that data_scripts/ wrote: about.json, and its .npy arrays, memory-mapped and unread.
-
-    `facts`: what about.json holds besides what all do, for `misfit`; `layout(about)`: dtype and shape of each array.
-    BadInput where it is missing, or is not what the command `prepared_by` writes in the format `form`."""
+    """A folder that data_scripts/ wrote: about.json, and its .npy arrays, memory-mapped and unread. `facts`: what else
+    about.json holds, for `as_written`; `layout(about)`: of each array dtype and shape, likewise. BadInput where it
+    is missing, or is not what the command `prepared_by` writes in the format `form`."""
     path, arrays, problem = folder / "about.json", {}, f"is not what '{prepared_by}' wrote"
     if not path.exists():
         raise BadInput(f"{path} is missing: '{prepared_by}' prepares the data")
     with refusing(f"{path} {problem}"):
-        about = json.loads(path.read_text())
-        wrong = misfit(about, {"format": form, "source": str, "licence": str, "arrays": dict, **facts})
-        names = ("dtype", "shape", "sha256")
-        if wrong := wrong or misfit(about["arrays"], {name: dict(zip(names, (*kind, str), strict=True))
-                                                      for name, kind in layout(about).items()}, "arrays."):  # fmt: skip
-            raise ValueError(wrong)
+        known = {"format": form, "source": str, "licence": str, "arrays": dict, **facts}
+        about = as_written(json.loads(path.read_text()), known)
+        as_written(about["arrays"], {name: {"dtype": dtype, "shape": shape, "sha256": str}
+                                     for name, (dtype, shape) in layout(about).items()}, "arrays.")  # fmt: skip
     for name, expected in about["arrays"].items():
         # numpy raises half a dozen types for a header that is torn, and warns.
         with refusing(f"{folder / name}.npy {problem}", Exception), warnings.catch_warnings(action="ignore"):
@@ -923,26 +914,6 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         state["losses"] = {name: float(value) for name, value in self.losses.items()}
         return state | {"streams": {name: (stream.order, stream.position) for name, stream in self.streams.items()}}
 
-    def written(self) -> dict:  # what `state_dict` can give, for `misfit`
-        theta, psi = (_flat(params).to("meta") for params in (detached(self.network), self.psi))
-        moving = torch.cat([theta, psi]) if self.settings.unroll_scope == "all" else psi
-        head, ft = ({"step": whole(1), "exp_avg": vector, "exp_avg_sq": vector} for vector in (psi, moving))
-        known = self.state_dict() | dict.fromkeys(self.VALUES, whole()) | {
-            "psi": self.psi, "ft_state": ({}, ft), "head_state": ({}, head), "average": ({}, detached(self.meta)),
-            "recent": [(MISSING, float)] * 10, "losses": dict.fromkeys(self.losses, float)}  # fmt: skip
-        for name in ("optimizer", "meta_optimizer"):
-            groups, params = (optimizer := getattr(self, name)).state_dict()["param_groups"], optimizer.param_groups
-            params = [p for group in params for p in group["params"]]  # which have no state without a gradient
-            known[name] = {"param_groups": [{**g, "lr": float, "betas": list(g["betas"])} for g in groups], "state": {
-                i: (MISSING, {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}) for i, p in enumerate(params)}}  # fmt: skip
-
-        def permutation(order, n):
-            right = isinstance(order, Tensor) and (order.dtype, order.shape) == (torch.int64, (n,))
-            return right and torch.equal(order.sort()[0], torch.arange(n))
-
-        return known | {"streams": {name: [functools.partial(permutation, n=stream.n), whole(0, stream.n)]
-                                    for name, stream in self.streams.items()}}  # fmt: skip
-
     def load_state_dict(self, state: dict) -> None:
         for name in self.MODULES:
             getattr(self, name).load_state_dict(state[name])
@@ -959,8 +930,6 @@ class Training:
     """Algorithm 1, or PT alone with φ fixed (`learn` is False); BadInput where the domain cannot be trained.
     `phi` is what φ begins with, as a state dict; None: the domain's default."""
 
-    STATE = ("learners", "step", "seconds", "random", "cuda_random")
-
     def __init__(self, domain: Domain, learn: bool, phi: dict | None = None):
         self.domain, self.settings, self.learn = domain, domain.settings, learn
         if missing := {"pretrain", "finetune", "validation", *domain.tests} - set(domain.sizes):
@@ -968,9 +937,8 @@ class Training:
         torch.manual_seed(self.settings.seed)
         first = Learner(domain)
         if phi is not None:
-            if problem := misfit(phi, first.meta.state_dict()):
-                raise BadInput(f"φ does not fit {type(domain).__name__}: {problem}")
-            first.meta.load_state_dict(phi)
+            with refusing(f"φ does not fit {type(domain).__name__}", ValueError):
+                first.meta.load_state_dict(as_written(phi, first.meta.state_dict()))
         check_losses(first, learn)
         self.learners = [first]
         for number in range(1, self.settings.plan[0][0] if learn else 1):  # they differ by what they draw from here on
@@ -1018,16 +986,20 @@ class Training:
         return state | {"step": self.step, "seconds": self.seconds, "random": torch.get_rng_state(),
                         "cuda_random": torch.cuda.get_rng_state_all()}  # fmt: skip
 
-    def written(self) -> dict:  # what `state_dict` can give, for `misfit`; particles get fewer along the run
-        first, *others = (learner.written() for learner in self.learners)
-        return {"learners": [first, *((MISSING, other) for other in others)], "step": whole(0, self.settings.steps),
-                "seconds": float, "random": torch.get_rng_state(),
-                "cuda_random": lambda value: type(value) is list and all(isinstance(x, Tensor) for x in value)}  # fmt: skip
+    def written(self) -> dict:  # what `state_dict` can give, for `as_written`; optimisers check what they carry
+        known = self.state_dict() | {"step": whole(0, self.settings.steps), "seconds": float, "cuda_random": list}
+        for learner, ours in zip(self.learners, known["learners"], strict=True):
+            ours |= dict.fromkeys(("optimizer", "meta_optimizer", "ft_state", "head_state", "average"), dict)
+            ours |= dict.fromkeys(("averaged", "skipped", "skipped_in_a_row", "meta_steps", "number"), whole())
+            ours |= {"recent": list, "losses": dict.fromkeys(learner.losses, float),
+                     "streams": {n: [stream.order, whole(0, stream.n)] for n, stream in learner.streams.items()}}  # fmt: skip
+        return known
 
-    def load_state_dict(self, state: dict) -> None:  # ValueError, which names the key: no state of such a training
-        if problem := misfit(state, self.written()):
-            raise ValueError(problem)
-        del self.learners[len(state["learners"]) :]
+    def load_state_dict(self, state: dict) -> None:
+        """ValueError, which names the key: it is no state of such a training."""
+        if isinstance(state["learners"], list):
+            del self.learners[len(state["learners"]) or 1 :]
+        as_written(state, self.written())
         for learner, saved in zip(self.learners, state["learners"], strict=True):
             learner.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
@@ -1244,14 +1216,13 @@ class Images(Domain):
         from sklearn.model_selection import train_test_split
 
         if self.mnist:
-            layout = {f"{part}_{name}": ("|u1", [whole(1), *size]) for part in ("train", "test")
+            layout = {f"{part}_{name}": ("|u1", [n, *size]) for part, n in (("train", 60_000), ("test", 10_000))
                       for name, size in (("images", [28, 28]), ("labels", []))}  # fmt: skip
             arrays = read_prepared(folder := data / "mnist" / "prepared", "metapt images 1",
                                    "python metapt.py download mnist", {"classes": 10}, lambda about: layout)[1]  # fmt: skip
-            for part in ("train", "test"):
-                counts = np.bincount(arrays[f"{part}_labels"], minlength=10)
-                if len(counts) > 10 or counts.min() < 10 or counts.sum() != len(arrays[f"{part}_images"]):
-                    raise BadInput(f"{folder}: {part}_labels are not 10 or more of each digit, one for each image")
+            counts = [np.bincount(arrays[f"{part}_labels"], minlength=10) for part in ("train", "test")]
+            if any(len(each) > 10 or each.min() < 100 for each in counts):
+                raise BadInput(f"{folder}: the labels are not 100 or more of each digit")
             pixels, labels = arrays["train_images"].numpy(), arrays["train_labels"].numpy()
             test, sizes, self.scale = (arrays["test_images"], arrays["test_labels"]), (50_000, 1000, 1000), 255.0
         else:
@@ -1449,6 +1420,7 @@ except ImportError:  # on Windows nothing keeps two processes from one run
     fcntl = None
 
 FORMAT = "metapt 3"
+LOCK = ".metapt.lock"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -1466,8 +1438,8 @@ def writing(path: Path, needed: int):  # Failed where the disk is full or a limi
 def save_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
     """Writes a file under a name that nobody else has, flushes it to the disk, and only then gives it its name; what
     had the name before is kept as `keep`. Failed: the disk is full."""
-    temporary = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".metapt-{path.name}-", delete=False)  # noqa: SIM115
-    with writing(path, len(content)), temporary as file:
+    named = {"dir": path.parent, "prefix": f".metapt-{path.name}-"}
+    with writing(path, len(content)), tempfile.NamedTemporaryFile(**named, delete=False) as file:
         try:
             file.write(content)
             file.flush()
@@ -1512,7 +1484,7 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
             raise BadInput(f"{folder} cannot be made: {error.strerror}") from None
         (run := cls(folder)).lock(held)
         # A run that was killed before it had its config.json is begun anew.
-        if any(path.name != ".metapt.lock" for path in folder.iterdir()):
+        if any(path.name != LOCK for path in folder.iterdir()):
             raise BadInput(f"{folder} is not empty: name another --out, or go on with --resume {folder}")
         save_json(run.started, {"format": FORMAT, **config})
         return run
@@ -1520,64 +1492,62 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
     def lock(self, held: contextlib.ExitStack) -> None:
         """Keeps other processes from the run until `held` is closed or the process is killed, and puts right what one
         left that was killed. BadInput: another process has it."""
-        path, flags = self.folder / ".metapt.lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        file = held.enter_context(os.fdopen(os.open(path, flags, 0o644), "r+", errors="replace"))
+        path, flags = self.folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = held.enter_context(os.fdopen(os.open(path, flags, 0o644), "rb", 0))
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.fstat(file.fileno()).st_nlink:  # removed since it was opened: it keeps nobody out
                 raise BlockingIOError
         except BlockingIOError:
-            raise BadInput(f"{self.folder} is in use by {file.read(99) or 'another process'}") from None
-        file.truncate(0)
-        print(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}", end="", file=file, flush=True)
+            holder = file.read(99).decode(errors="replace") or "another process"
+            raise BadInput(f"{self.folder} is in use by {holder}") from None
+        except OSError:
+            pass  # a file system without locks
         held.callback(path.unlink, missing_ok=True)
+        with contextlib.suppress(OSError):  # on a full disk it is held all the same
+            path.write_text(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         for left in self.folder.glob(".metapt-*"):
             left.unlink()
         if self.earlier.exists() and not self.saved.exists():  # killed between two renames
             os.replace(self.earlier, self.saved)
 
     def config(self) -> dict:  # what the run was started with: command, domain, device, phi (a run or None), settings
-        def name(value):
-            return type(value) is str and value.isprintable()
-
-        known = {"format": FORMAT, "command": ("pretrain", "meta"), "settings": dict, "phi": (None, name),
-                 "domain_sha256": (None, name), **dict.fromkeys(("domain", "device", "torch", "data"), name)}  # fmt: skip
+        known = {"format": FORMAT, "command": lambda name: name in ("pretrain", "meta"), "settings": dict,
+                 "domain": lambda name: type(name) is str and name.isprintable(), "domain_sha256": str | None,
+                 "phi": str | None, "device": str, "torch": str, "data": str}  # fmt: skip
         with refusing(f"{self.started} is not what this metapt writes"):
-            if problem := misfit(config := json.loads(self.started.read_text()), known):
-                raise ValueError(problem)
-        return config
+            return as_written(json.loads(self.started.read_text()), known)
 
-    def log(self, rows: list[dict]) -> None:
-        content = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
-        with writing(self.metrics, len(content)), self.metrics.open("ab") as file:
-            file.write(content)
+    @functools.cached_property
+    def digest(self) -> str:  # of config.json as it was when the run was begun or gone on with
+        return hashlib.sha256(self.started.read_bytes()).hexdigest()
 
-    def save(self, training: Training) -> None:  # with the SHA-256 of all before at its end
-        if problem := misfit(state := training.state_dict(), training.written()):
-            raise Failed(f"no checkpoint at PT step {training.step}, {problem}: a lower --lr or --meta-lr may help")
-        with self.metrics.open("ab") as file:
+    def save(self, training: Training) -> None:  # a checkpoint, with the SHA-256 of all before at its end
+        problem = f"no checkpoint at PT step {training.step}, a lower --lr, --meta-lr or --unroll-lr may help"
+        with refusing(problem, ValueError, Failed):
+            state = as_written(training.state_dict(), training.written())
+        with writing(self.metrics, 0), self.metrics.open("ab") as file:
             os.fsync(file.fileno())  # all the bytes of it that the checkpoint counts
-            content = {"format": FORMAT, "config": digest(self.started.read_bytes()), **state,
+            content = {"format": FORMAT, "config": self.digest, **state,
                        "phi": training.best.learned().state_dict(), "metrics_bytes": file.tell()}  # fmt: skip
-        torch.save(content, buffer := io.BytesIO())  # whose words for a disk that is full are many
-        save_whole(self.saved, buffer.getvalue() + digest(buffer.getbuffer()).encode(), keep=self.earlier)
+        torch.save(content, buffer := io.BytesIO())  # of a disk that is full it would say 58 lines
+        buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
+        save_whole(self.saved, buffer.getbuffer(), keep=self.earlier)
 
     def checkpoint(self) -> dict:
         """The last one, on the CPU, without running any code that it may hold. BadInput: it is missing or damaged (then
         the one before is named), or config.json has changed since."""
-        with refusing(f"{self.saved} cannot be read"):
-            content = self.saved.read_bytes()
-        if content[-64:] != digest(content[:-64]).encode():
+        content = self.saved.read_bytes() if self.saved.exists() else b""
+        if content[-64:] != hashlib.sha256(memoryview(content)[:-64]).hexdigest().encode():
             before = f"rename {self.earlier.name} to {self.saved.name}, and --resume {self.folder} goes on from there"
-            before = before if self.earlier.exists() else "there is none before it"
-            raise BadInput(f"{self.saved} is damaged, its SHA-256 is not the one at its end: {before}")
+            before = before if self.earlier.exists() else "and there is none before it"
+            raise BadInput(f"{self.saved} is missing or damaged, its SHA-256 is not the one at its end: {before}")
+        known = dict.fromkeys(("phi", "learners", "seconds", "random", "cuda_random"), lambda value: True)
+        known |= {"format": FORMAT, "config": str, "metrics_bytes": whole(), "step": whole()}
         with refusing(f"{self.saved} is not what this metapt writes", (ValueError, pickle.UnpicklingError)):
-            content = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            known = dict.fromkeys(("phi", *Training.STATE), lambda value: True) | {"step": whole()}
-            if problem := misfit(content, known | {"format": FORMAT, "config": str, "metrics_bytes": whole()}):
-                raise ValueError(problem)
-        if content["config"] != digest(self.started.read_bytes()):
+            content = as_written(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), known)
+        if content["config"] != self.digest:
             raise BadInput(f"{self.started} has changed since {self.saved} was made")
         return content
 
@@ -1587,20 +1557,17 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
         self.history(kept)
         if content:
             with refusing(f"{self.saved} does not fit its config.json", ValueError):
-                training.load_state_dict({name: content[name] for name in Training.STATE})
+                training.load_state_dict({name: content[name] for name in training.written()})
         if self.metrics.exists():
             os.truncate(self.metrics, len(kept))
 
     def history(self, content: bytes | None = None) -> list[dict]:  # the rows of metrics.jsonl
-        def number(value):
-            return value is None or type(value) in (int, float) and not abs(value) > 1e300
-
         rows, lines = [], (self.metrics.read_bytes() if content is None else content).splitlines()
-        for n, line in enumerate(lines, 1):
-            with refusing(f"{self.metrics}: line {n} is no row of metrics", (*UNREADABLE, TypeError)):
+        for number, line in enumerate(lines, 1):
+            with refusing(f"{self.metrics}: line {number} is no row of metrics", (*UNREADABLE, TypeError)):
                 rows.append(dict(json.loads(line)))
-                if problem := misfit(rows[-1], dict.fromkeys(rows[0], number) | {"step": whole(), "particle": whole()}):
-                    raise ValueError(problem)
+                known = dict.fromkeys(rows[0], int | float | None) | {"step": whole(), "particle": whole()}
+                as_written(rows[-1], known)
         return rows
 
 
@@ -1753,7 +1720,7 @@ OPTIONS = {  # name: type, how --help shows it, default
 COMMANDS = {  # name: what --help says of it, the options that it has beside those of all and settings
     "pretrain": ("Pre-train with φ fixed: the baseline, or (--phi) at what a run learned.", "domain preset phi resume"),
     "meta": ("Learn φ while pre-training (Algorithm 1), then compare what it is worth.", "domain preset resume"),
-    "finetune": ("Fine-tune a run's encoder, over seeds and FT-set sizes, beside one without PT.", "run of export force"),
+    "finetune": ("Fine-tune a run's encoder, by seed and FT-set size, beside one without PT.", "run of export force"),
     "eval": ("Test metrics of runs, paired by seed, with differences and 95 % intervals.", "runs of")}  # fmt: skip
 
 
@@ -1969,11 +1936,9 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
 def reopened(run: Run, named: str | None, given: dict, device: str, ask) -> Domain:
     """The domain of a run, with all the settings of its config.json but those given, on the data it was trained on."""
     kind, config = domain_of(run, named, ask.console), run.config()
-    stored, names = config["settings"], {f.name for f in dataclasses.fields(kind.Settings)}
-    with refusing(f"{run.folder / 'config.json'}", BadInput):
-        if wrong := sorted(names ^ set(stored)):
-            raise BadInput(f"{wrong[0]} is {'missing' if wrong[0] in names else 'unknown'}")
-        settings = kind.Settings(**stored)
+    known = {f.name: lambda value: True for f in dataclasses.fields(kind.Settings)}  # they check themselves
+    with refusing(f"{run.started}", (BadInput, ValueError)):
+        settings = kind.Settings(**as_written(config["settings"], known, "settings."))
     domain = kind(dataclasses.replace(settings, **given), pick_device(device), ask.data)
     if config["data"] != domain.data_digest():
         raise BadInput(f"{run.folder} was trained on other data than {ask.data} holds now")
@@ -1988,9 +1953,8 @@ def phi_of(folder: Path, config: dict, domain: Domain, console) -> dict:  # that
         raise BadInput(f"{folder}: its φ was learned on other data, or on other parts of them (--seed draws them)")
     if content["step"] < theirs["settings"]["steps"]:
         console.print(f"{folder} is unfinished: its φ is that of PT step {content['step']}", highlight=False)
-    if problem := misfit(content["phi"], domain.meta().state_dict()):
-        raise BadInput(f"{folder}: its φ does not fit: {problem}")
-    return content["phi"]
+    with refusing(f"{folder}: its φ does not fit", ValueError):
+        return as_written(content["phi"], domain.meta().state_dict())
 
 
 def follow(training: Training, run: Run, console) -> None:  # with bar, metrics, checkpoints; Ctrl-C saves one
@@ -2003,13 +1967,14 @@ def follow(training: Training, run: Run, console) -> None:  # with bar, metrics,
         with progress_bar(console, label, settings.steps) as bar:
 
             def each(training):
-                rows = []
+                rows = ""
                 for learner in training.learners:
                     measured = domain.measure(learner.meta)
                     row = {"step": training.step, "particle": learner.number, "skipped": learner.skipped}
                     row |= {name: finite_or_none(value) for name, value in learner.losses.items()}
-                    rows.append(row | measured)
-                run.log(rows)
+                    rows += json.dumps(row | measured) + "\n"
+                with writing(run.metrics, len(rows)), run.metrics.open("a") as file:
+                    file.write(rows)
                 value = next(iter(measured.values()), None)
                 bar(training.step, "" if value is None else f"φ {value:.4g}")
                 if stopped:
@@ -2060,9 +2025,7 @@ def load_encoder(path: Path, ask) -> tuple[str, Domain, Network]:  # a run's; it
     domain = reopened(run, ask.of, given, ask.device, ask)
     network = domain.network()
     with refusing(f"{run.saved} holds no encoder of {config['domain']}", (LookupError, TypeError, ValueError)):
-        if problem := misfit(learners[0]["network"], network.state_dict(), "network."):
-            raise ValueError(problem)
-    network.load_state_dict(learners[0]["network"])
+        network.load_state_dict(as_written(learners[0]["network"], network.state_dict(), "network."))
     method = "online" if config["command"] == "meta" else "learned_phi" if config["phi"] else "default_phi"
     return method, domain, network
 
