@@ -1515,7 +1515,8 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
     def config(self) -> dict:  # what the run was started with: command, domain, device, phi (a run or None), settings
         known = {"format": FORMAT, "command": lambda name: name in ("pretrain", "meta"), "settings": dict,
                  "domain": lambda name: type(name) is str and name.isprintable(), "domain_sha256": str | None,
-                 "phi": str | None, "device": str, "torch": str, "data": str}  # fmt: skip
+                 "phi": str | None, "torch": str, "data": str,
+                 "device": lambda name: type(name) is str and re.fullmatch(r"cpu|cuda(:\d+)?", name)}  # fmt: skip
         with refusing(f"{self.started} is not what this metapt writes"):
             return as_written(json.loads(self.started.read_text()), known)
 
