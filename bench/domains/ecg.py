@@ -64,8 +64,8 @@ class Records:
         """Mean and standard deviation, in mV, over all samples of all leads of these records."""
         total, squares = self.sums[index].sum(0).tolist()
         n = len(index) * self.length * len(self.leads)
-        variance = squares / n - (total / n) ** 2
-        if variance <= 0:
+        variance = squares / n - (total / n) * (total / n)
+        if not 0 < variance < math.inf:
             raise metapt.BadInput("the records' sums leave no variance: they are flat, or prepared wrongly")
         return total / n, math.sqrt(variance)
 
