@@ -598,7 +598,7 @@ class Settings:
             right = type(value) in kinds or (float in kinds and type(value) is int)
             self.require(right, f.name, " or ".join(kind.__name__ for kind in kinds))
             # float32 ends at 3e38, and Adam multiplies a rate by ten.
-            fits = float not in kinds or value is None or abs(value) <= 1e30
+            fits = float not in kinds or abs(value or 0) <= 1e30
             self.require(fits, f.name, "a finite number, at most 1e30 in size")
             predicate, expected = f.metadata.get("check", ANYTHING)
             self.require(predicate(value), f.name, expected)
@@ -995,8 +995,7 @@ class Training:
                      "streams": {n: [stream.order, whole(0, stream.n)] for n, stream in learner.streams.items()}}  # fmt: skip
         return known
 
-    def load_state_dict(self, state: dict) -> None:
-        """ValueError, which names the key: it is no state of such a training."""
+    def load_state_dict(self, state: dict) -> None:  # ValueError, which names the key: no state of such a training
         if isinstance(state["learners"], list):
             del self.learners[len(state["learners"]) or 1 :]
         as_written(state, self.written())
@@ -1500,8 +1499,8 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
             if not os.fstat(file.fileno()).st_nlink:  # removed since it was opened: it keeps nobody out
                 raise BlockingIOError
         except BlockingIOError:
-            holder = file.read(99).decode(errors="replace") or "another process"
-            raise BadInput(f"{self.folder} is in use by {holder}") from None
+            holder = file.read(99).decode(errors="replace")
+            raise BadInput(f"{self.folder} is in use by {holder or 'another process'}") from None
         except OSError:
             pass  # a file system without locks
         held.callback(path.unlink, missing_ok=True)
@@ -1525,8 +1524,7 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
         return hashlib.sha256(self.started.read_bytes()).hexdigest()
 
     def save(self, training: Training) -> None:  # a checkpoint, with the SHA-256 of all before at its end
-        problem = f"no checkpoint at PT step {training.step}, a lower --lr, --meta-lr or --unroll-lr may help"
-        with refusing(problem, ValueError, Failed):
+        with refusing(f"no checkpoint at PT step {training.step}; a lower --lr may help", ValueError, Failed):
             state = as_written(training.state_dict(), training.written())
         with writing(self.metrics, 0), self.metrics.open("ab") as file:
             os.fsync(file.fileno())  # all the bytes of it that the checkpoint counts
@@ -2051,8 +2049,8 @@ def measure_runs(command: str, ask) -> None:  # `finetune` and `eval`
     if export := ask.export and ask.export.resolve():
         home = run_around(export) or (ask.out and ask.out.resolve() in export.parents and ask.out)
         reasons = {f"it lies in the run {home}": home, f"{export.parent} is no folder": not export.parent.is_dir(),
-                   "it is no file": export.exists() and not export.is_file(),
-                   "it is there already (--force replaces it)": export.exists() and not ask.force}  # fmt: skip
+                   "it is there already (--force replaces a file)":
+                   export.exists() and not (ask.force and export.is_file())}  # fmt: skip
         if reason := next(filter(reasons.get, reasons), None):
             raise BadInput(f"{ask.export} cannot be written: {reason}")
     torch.set_num_threads(domain.threads or torch.get_num_threads())

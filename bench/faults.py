@@ -25,7 +25,7 @@ from typing import NamedTuple
 import rich.console
 import scipy.stats  # noqa: F401 (with the next two, so that no fork needs to)
 import sklearn.datasets
-import sklearn.model_selection
+import sklearn.model_selection  # noqa: F401
 import torch
 import typer
 

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -348,8 +349,8 @@ def test_an_export_replaces_a_file_only_with_force_and_never_one_of_a_run(run, t
     (tmp_path / "new").mkdir()
     before = contents(run)
     for export, given, says in [
-        ("mine.pt", [], "it is there already (--force replaces it)"), ("folder", ["--force"], "it is no file"),
-        ("/dev/null", ["--force"], "it is no file"), ("nowhere/mine.pt", ["--force"], "nowhere is no folder"),
+        ("mine.pt", [], "it is there already (--force replaces a file)"), ("folder", ["--force"], "it is there already"),
+        ("/dev/null", ["--force"], "it is there already"), ("nowhere/mine.pt", ["--force"], "nowhere is no folder"),
         *((inside, given, "it lies in the run") for given in ([], ["--force"]) for inside in (
             "run/checkpoint.pt", "run/config.json", "run/new.pt", "link.pt", "door/checkpoint.pt", "door/new.pt")),
         ("new/config.json", ["--out=new"], "it lies in the run new"),
@@ -372,15 +373,15 @@ def forked(work) -> tuple[int, str]:
     reading, writing = os.pipe()
     if not (child := os.fork()):
         status = 70
-        with contextlib.suppress(BaseException), os.fdopen(writing, "w") as err:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
-                try:
-                    work()
-                    status = 0
-                except SystemExit as ended:
-                    status = ended.code or 0
-                except BaseException:  # noqa: BLE001 (a traceback is what a test looks for)
-                    traceback.print_exc(file=err)
+        with contextlib.suppress(BaseException), os.fdopen(writing, "w") as sys.stderr:
+            sys.stdout = io.StringIO()
+            try:
+                work()
+                status = 0
+            except SystemExit as ended:
+                status = ended.code or 0
+            except BaseException:  # noqa: BLE001 (a traceback is what a test looks for)
+                traceback.print_exc()
         os._exit(status)
     os.close(writing)
     with os.fdopen(reading) as err:
@@ -390,7 +391,7 @@ def forked(work) -> tuple[int, str]:
 
 def command(folder: Path, *arguments) -> None:
     os.chdir(folder)
-    metapt.sys.argv = ["metapt.py", *map(str, arguments)]
+    sys.argv = ["metapt.py", *map(str, arguments)]
     metapt.main()
 
 
