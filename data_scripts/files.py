@@ -171,7 +171,7 @@ class Array:
             whole.update(piece)
             values.update(piece)
         if values.digest() != self.written.digest():
-            raise Failed(f"{self.path} does not read back as it was written: the disk, or what it is reached by, is faulty")
+            raise Failed(f"{self.path} does not read back as it was written: the disk is faulty")
         return whole.hexdigest()
 
 
