@@ -488,14 +488,16 @@ import itertools
 import json
 import math
 import re
+import reprlib
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, ClassVar, get_args, get_type_hints
 
 import numpy as np
 import torch.nn.functional as F
 from torch import nn
 
-UNFIT = (RuntimeError, TypeError, AttributeError, LookupError, ValueError, OSError, EOFError)  # what bad files lead to
+UNREADABLE = (OSError, ValueError, RecursionError)  # what a file leads to that is missing, torn, or no JSON
 PANELS = ("Run", "Pre-training", "Fine-tuning in the meta step", "Learning φ", "Measuring", "Of this domain")
 RUN, PRETRAINING, UNROLLING, LEARNING, MEASURING, OWN = PANELS  # where --help shows a setting
 
@@ -507,13 +509,13 @@ class Failed(Exception): ...  # the run cannot go on: one line
 
 
 @contextlib.contextmanager
-def refusing(problem: str, errors=UNFIT):  # what fails within becomes BadInput, one line
+def refusing(problem: str, errors=UNREADABLE, becomes=BadInput):  # what fails within becomes that, one line
     try:
         yield
     except errors as error:
         # The last line: torch begins with what it did and ends with what was wrong.
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:160]
-        raise BadInput(f"{problem}: {'it is missing' if isinstance(error, FileNotFoundError) else reason}") from None
+        raise becomes(f"{problem}: {'it is missing' if isinstance(error, FileNotFoundError) else reason}") from None
 
 
 def flag(setting: str) -> str:  # as an option on the command line
@@ -530,8 +532,8 @@ POSITIVE_IF_GIVEN = (lambda x: x is None or x > 0, "positive")
 SHARE, ANYTHING = (lambda x: 0 < x <= 1, "more than 0 and at most 1"), (lambda x: True, "")
 PARTS = one_of("validation", "all")
 SCOPES, HVPS = one_of("head", "all"), one_of("", "exact", "finite")
-SIZES = (lambda text: not text or all(n.isdecimal() for n in text.split(",")), "numbers such as 30,100,300")
-PARTICLES = (lambda text: all(re.fullmatch(r"\d+(:0?\.\d+)?", piece) for piece in text.split(",")),
+SIZES = (re.compile(r"(\d{1,9}(,\d{1,9})*)?").fullmatch, "numbers such as 30,100,300")
+PARTICLES = (re.compile(r"\d{1,9}(:0?\.\d+)?(,\d{1,9}(:0?\.\d+)?)*").fullmatch,
              "as 6:0.35,3:0.9,1: falling numbers down to 1, rising shares of the run")  # fmt: skip
 
 
@@ -597,7 +599,9 @@ class Settings:
             value, kinds = getattr(self, f.name), get_args(f.type) or (f.type,)
             right = type(value) in kinds or (float in kinds and type(value) is int)
             self.require(right, f.name, " or ".join(kind.__name__ for kind in kinds))
-            self.require(not isinstance(value, float) or math.isfinite(value), f.name, "a finite number")
+            # float32 ends at 3e38, and Adam multiplies a rate by ten.
+            fits = float not in kinds or abs(value or 0) <= 1e30
+            self.require(fits, f.name, "a finite number, at most 1e30 in size")
             predicate, expected = f.metadata.get("check", ANYTHING)
             self.require(predicate(value), f.name, expected)
         self.require(self.warmup <= self.steps, "warmup", f"at most the {self.steps} steps")
@@ -749,22 +753,54 @@ def settle(network: nn.Module, inputs) -> None:
         norm.momentum = 0.1
 
 
-def read_prepared(folder: Path, form: str, prepared_by: str) -> tuple[dict, dict[str, Tensor]]:
-    """A folder that data_scripts/ wrote: about.json, and its .npy arrays, memory-mapped and unread. BadInput where it
+def whole(low: int = 0, high: int = 2**53):  # a predicate for `as_written`
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def as_written(stored, expected, key: str = ""):
+    """An object from a file, where it is as the program writes it; ValueError: the first key that is not. `expected`:
+    a dict or a list (the same keys, and so on within), a tensor (its dtype and shape, all finite), a type, a predicate,
+    or the value itself."""
+    if isinstance(expected, dict | list) and isinstance(stored, dict if isinstance(expected, dict) else list | tuple):
+        theirs, ours = (x if isinstance(x, dict) else dict(enumerate(x)) for x in (stored, expected))
+        for name in [*ours, *theirs]:
+            if name not in theirs or name not in ours:
+                raise ValueError(f"{key}{name} is {'missing' if name in ours else 'unknown'}")
+            as_written(theirs[name], ours[name], f"{key}{name}.")
+        return stored
+    found = ""
+    if isinstance(expected, Tensor) and isinstance(stored, Tensor):
+        right = (stored.layout, stored.dtype, stored.shape) == (expected.layout, expected.dtype, expected.shape)
+        found = "not finite" if right else f"a tensor of {stored.dtype} {list(stored.shape)}"
+        right = right and stored.isfinite().all()
+    elif isinstance(expected, type | UnionType):
+        right = type(stored) in (get_args(expected) or (expected,))
+    else:
+        right = expected(stored) if callable(expected) else type(stored) is type(expected) and stored == expected
+    if not right:
+        raise ValueError(f"{key.removesuffix('.') or 'it'} is {found or reprlib.repr(stored)}")
+    return stored
+
+
+def read_prepared(folder: Path, form: str, prepared_by: str, facts: dict, layout) -> tuple[dict, dict[str, Tensor]]:
+    """A folder that data_scripts/ wrote: about.json, and its .npy arrays, memory-mapped and unread. `facts`: what else
+    about.json holds, for `as_written`; `layout(about)`: of each array dtype and shape, likewise. BadInput where it
     is missing, or is not what the command `prepared_by` writes in the format `form`."""
     path, arrays, problem = folder / "about.json", {}, f"is not what '{prepared_by}' wrote"
     if not path.exists():
         raise BadInput(f"{path} is missing: '{prepared_by}' prepares the data")
     with refusing(f"{path} {problem}"):
-        about = json.loads(path.read_text())
-        if about["format"] != form:
-            raise ValueError(f"its format is {about['format']!r}, not {form!r}")
-        for name, expected in about["arrays"].items():
-            with refusing(f"{folder / name}.npy {problem}"), warnings.catch_warnings(action="ignore"):
-                values = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                if (values.dtype.str, list(values.shape)) != (expected["dtype"], expected["shape"]):
-                    raise ValueError(f"{values.dtype.str} {values.shape} does not fit about.json")
-                arrays[name] = torch.from_numpy(values)  # of a read-only array, which torch would warn of
+        known = {"format": form, "source": str, "licence": str, "arrays": dict, **facts}
+        about = as_written(json.loads(path.read_text()), known)
+        as_written(about["arrays"], {name: {"dtype": dtype, "shape": shape, "sha256": str}
+                                     for name, (dtype, shape) in layout(about).items()}, "arrays.")  # fmt: skip
+    for name, expected in about["arrays"].items():
+        # numpy raises half a dozen types for a header that is torn, and warns.
+        with refusing(f"{folder / name}.npy {problem}", Exception), warnings.catch_warnings(action="ignore"):
+            values = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            if (values.dtype.str, list(values.shape)) != (expected["dtype"], expected["shape"]):
+                raise ValueError(f"{values.dtype.str} {values.shape} does not fit about.json")
+            arrays[name] = torch.from_numpy(values)  # of a read-only array, which torch would warn of
     return about, arrays
 
 
@@ -919,8 +955,8 @@ class Training:
         torch.manual_seed(self.settings.seed)
         first = Learner(domain)
         if phi is not None:
-            with refusing(f"φ does not fit {type(domain).__name__}"):
-                first.meta.load_state_dict(phi)
+            with refusing(f"φ does not fit {type(domain).__name__}", ValueError):
+                first.meta.load_state_dict(as_written(phi, first.meta.state_dict()))
         check_losses(first, learn)
         self.learners = [first]
         for number in range(1, self.settings.plan[0][0] if learn else 1):  # they differ by what they draw from here on
@@ -968,10 +1004,19 @@ class Training:
         return state | {"step": self.step, "seconds": self.seconds, "random": torch.get_rng_state(),
                         "cuda_random": torch.cuda.get_rng_state_all()}  # fmt: skip
 
-    def load_state_dict(self, state: dict) -> None:
-        if not state["learners"]:
-            raise ValueError("it holds no learner")
-        del self.learners[len(state["learners"]) :]
+    def written(self) -> dict:  # what `state_dict` can give, for `as_written`; optimisers check what they carry
+        known = self.state_dict() | {"step": whole(0, self.settings.steps), "seconds": float, "cuda_random": list}
+        for learner, ours in zip(self.learners, known["learners"], strict=True):
+            ours |= dict.fromkeys(("optimizer", "meta_optimizer", "ft_state", "head_state", "average"), dict)
+            ours |= dict.fromkeys(("averaged", "skipped", "skipped_in_a_row", "meta_steps", "number"), whole())
+            ours |= {"recent": list, "losses": dict.fromkeys(learner.losses, float),
+                     "streams": {n: [stream.order, whole(0, stream.n)] for n, stream in learner.streams.items()}}  # fmt: skip
+        return known
+
+    def load_state_dict(self, state: dict) -> None:  # ValueError, which names the key: no state of such a training
+        if isinstance(state["learners"], list):
+            del self.learners[len(state["learners"]) or 1 :]
+        as_written(state, self.written())
         for learner, saved in zip(self.learners, state["learners"], strict=True):
             learner.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
@@ -1205,7 +1250,13 @@ class Images(Domain):
         from sklearn.model_selection import train_test_split
 
         if self.mnist:
-            arrays = read_prepared(data / "mnist" / "prepared", "metapt images 1", "python metapt.py download mnist")[1]
+            layout = {f"{part}_{name}": ("|u1", [n, *size]) for part, n in (("train", 60_000), ("test", 10_000))
+                      for name, size in (("images", [28, 28]), ("labels", []))}  # fmt: skip
+            arrays = read_prepared(folder := data / "mnist" / "prepared", "metapt images 1",
+                                   "python metapt.py download mnist", {"classes": 10}, lambda about: layout)[1]  # fmt: skip
+            counts = [np.bincount(arrays[f"{part}_labels"], minlength=10) for part in ("train", "test")]
+            if any(len(each) > 10 or each.min() < 100 for each in counts):
+                raise BadInput(f"{folder}: the labels are not 100 or more of each digit")
             pixels, labels = arrays["train_images"].numpy(), arrays["train_labels"].numpy()
             test, sizes, self.scale = (arrays["test_images"], arrays["test_labels"]), (50_000, 1000, 1000), 255.0
         else:
@@ -1397,20 +1448,46 @@ class MNISTNoise(DigitsNoise):
 # 7. Run folders and checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
+import errno
+import io
 import os
+import pickle
+import shutil
 import tempfile
 
-FORMAT = "metapt 2"
+try:
+    import fcntl
+except ImportError:  # on Windows nothing keeps two processes from one run
+    fcntl = None
+
+FORMAT = "metapt 3"
+LOCK = ".metapt.lock"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def save_whole(path: Path, write) -> None:
-    """Writes a file under a name that nobody else has, flushes it to the disk, and only then gives it its name."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+@contextlib.contextmanager
+def writing(path: Path, needed: int):  # Failed where the disk is full or a limit is reached; any error has the path
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        sizes = f"{needed:,} bytes are needed, {shutil.disk_usage(path.parent).free:,} are free"
+        raise Failed(f"{path}: {error.strerror}: {sizes}") from None
+
+
+def save_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """Writes a file under a name that nobody else has, flushes it to the disk, and only then gives it its name; what
+    had the name before is kept as `keep`. Failed: the disk is full."""
+    named = {"dir": path.parent, "prefix": f".metapt-{path.name}-"}
+    with writing(path, len(content)), tempfile.NamedTemporaryFile(**named, delete=False) as file:
         try:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)
+            if keep and path.exists():
+                os.replace(path, keep)
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
@@ -1418,75 +1495,120 @@ def save_whole(path: Path, write) -> None:
 
 
 def save_json(path: Path, content) -> None:
-    save_whole(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+    save_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def run_around(path: Path) -> Path | None:  # the run that a path lies in, through links too
+    for config in [folder / "config.json" for folder in path.resolve().parents]:
+        if config.is_file() and b'"format": "metapt ' in config.read_bytes():
+            return config.parent
+    return None
 
 
 class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json, figures, and phi.csv where φ has names
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise BadInput(f"{folder} is no folder of a run")
-        self.folder, self.metrics, self.saved = folder, folder / "metrics.jsonl", folder / "checkpoint.pt"
+        self.folder, self.metrics, self.started = folder, folder / "metrics.jsonl", folder / "config.json"
+        self.saved, self.earlier = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
 
     @classmethod
-    def create(cls, folder: Path | None, config: dict) -> "Run":  # a new one: by default numbered, under runs/
+    def create(cls, folder: Path | None, config: dict, held: contextlib.ExitStack) -> "Run":
+        """A new one, by default numbered, under runs/; `held` keeps it from other processes."""
         if folder is None:
             name = f"{config['command']}-{config['domain'].rpartition('/')[2].replace('.py:', '-')}"
             numbers = ("", *(f"-{n}" for n in range(2, 10_000)))
             folder = next(f for f in (Path("runs") / f"{name}{n}" for n in numbers) if not f.exists())
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # A run that was killed before it had its config.json is begun anew.
-            if any(not path.name.startswith(".config.json.") for path in folder.iterdir()):
-                raise BadInput(f"{folder} is not empty: name another --out, or go on with --resume {folder}")
         except OSError as error:
             raise BadInput(f"{folder} cannot be made: {error.strerror}") from None
-        for path in folder.iterdir():
-            path.unlink()
-        save_json(folder / "config.json", {"format": FORMAT, **config})
-        return cls(folder)
+        (run := cls(folder)).lock(held)
+        # A run that was killed before it had its config.json is begun anew.
+        if any(path.name != LOCK for path in folder.iterdir()):
+            raise BadInput(f"{folder} is not empty: name another --out, or go on with --resume {folder}")
+        save_json(run.started, {"format": FORMAT, **config})
+        return run
+
+    def lock(self, held: contextlib.ExitStack) -> None:
+        """Keeps other processes from the run until `held` is closed or the process is killed, and puts right what one
+        left that was killed. BadInput: another process has it."""
+        path, flags = self.folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = held.enter_context(os.fdopen(os.open(path, flags, 0o644), "rb", 0))
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:  # removed since it was opened: it keeps nobody out
+                raise BlockingIOError
+        except BlockingIOError:
+            holder = file.read(99).decode(errors="replace")
+            raise BadInput(f"{self.folder} is in use by {holder or 'another process'}") from None
+        except OSError:
+            pass  # a file system without locks
+        held.callback(path.unlink, missing_ok=True)
+        with contextlib.suppress(OSError):  # on a full disk it is held all the same
+            path.write_text(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        for left in self.folder.glob(".metapt-*"):
+            left.unlink()
+        if self.earlier.exists() and not self.saved.exists():  # killed between two renames
+            os.replace(self.earlier, self.saved)
 
     def config(self) -> dict:  # what the run was started with: command, domain, device, phi (a run or None), settings
-        with refusing(f"{self.folder / 'config.json'} holds no JSON object that can be read"):
-            config = dict(json.loads((self.folder / "config.json").read_text()))
-        kinds = {"domain": str, "device": str, "data": str, "settings": dict, "phi": str | None,
-                 "domain_sha256": str | None}  # fmt: skip
-        wrong = [name for name, kind in kinds.items() if not isinstance(config.get(name, 0), kind)]
-        known = {"format": [FORMAT], "command": ["pretrain", "meta"]}
-        wrong += [name for name, values in known.items() if config.get(name) not in values]
-        if wrong:
-            raise BadInput(f"{self.folder / 'config.json'} is not what this metapt writes: {', '.join(wrong)}")
-        return config
+        known = {"format": FORMAT, "command": lambda name: name in ("pretrain", "meta"), "settings": dict,
+                 "domain": lambda name: type(name) is str and name.isprintable(), "domain_sha256": str | None,
+                 "phi": str | None, "torch": str, "data": str,
+                 "device": lambda name: type(name) is str and re.fullmatch(r"cpu|cuda(:\d+)?", name)}  # fmt: skip
+        with refusing(f"{self.started} is not what this metapt writes"):
+            return as_written(json.loads(self.started.read_text()), known)
 
-    def save(self, training: Training) -> None:
-        with self.metrics.open("ab") as file:
+    @functools.cached_property
+    def digest(self) -> str:  # of config.json as it was when the run was begun or gone on with
+        return hashlib.sha256(self.started.read_bytes()).hexdigest()
+
+    def save(self, training: Training) -> None:  # a checkpoint, with the SHA-256 of all before at its end
+        with refusing(f"no checkpoint at PT step {training.step}; a lower --lr may help", ValueError, Failed):
+            state = as_written(training.state_dict(), training.written())
+        with writing(self.metrics, 0), self.metrics.open("ab") as file:
             os.fsync(file.fileno())  # all the bytes of it that the checkpoint counts
-            content = {"format": FORMAT, **training.state_dict(), "phi": training.best.learned().state_dict(),
-                       "metrics_bytes": file.tell()}  # fmt: skip
-        save_whole(self.saved, lambda file: torch.save(content, file))
+            content = {"format": FORMAT, "config": self.digest, **state,
+                       "phi": training.best.learned().state_dict(), "metrics_bytes": file.tell()}  # fmt: skip
+        torch.save(content, buffer := io.BytesIO())  # of a disk that is full it would say 58 lines
+        buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
+        save_whole(self.saved, buffer.getbuffer(), keep=self.earlier)
 
-    def checkpoint(self) -> dict:  # as saved, on the CPU, without running any code that the file may hold
-        with refusing(f"{self.saved} is not a readable checkpoint", Exception):  # torch raises half a dozen types
-            content = dict(torch.load(self.saved, map_location="cpu", weights_only=True))
-        if content.get("format") != FORMAT or not {"learners", "phi", "step", "metrics_bytes"} <= set(content):
-            raise BadInput(f"{self.saved} is not a checkpoint of this metapt")
+    def checkpoint(self) -> dict:
+        """The last one, on the CPU, without running any code that it may hold. BadInput: it is missing or damaged (then
+        the one before is named), or config.json has changed since."""
+        content = self.saved.read_bytes() if self.saved.exists() else b""
+        if content[-64:] != hashlib.sha256(memoryview(content)[:-64]).hexdigest().encode():
+            before = f"rename {self.earlier.name} to {self.saved.name}, and --resume {self.folder} goes on from there"
+            before = before if self.earlier.exists() else "and there is none before it"
+            raise BadInput(f"{self.saved} is missing or damaged, its SHA-256 is not the one at its end: {before}")
+        known = dict.fromkeys(("phi", "learners", "seconds", "random", "cuda_random"), lambda value: True)
+        known |= {"format": FORMAT, "config": str, "metrics_bytes": whole(), "step": whole()}
+        with refusing(f"{self.saved} is not what this metapt writes", (ValueError, pickle.UnpicklingError)):
+            content = as_written(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), known)
+        if content["config"] != self.digest:
+            raise BadInput(f"{self.started} has changed since {self.saved} was made")
         return content
 
-    def restore(self, training: Training) -> None:  # to the last checkpoint, if any; later metrics are cut off
-        content = self.checkpoint() if self.saved.exists() else {"metrics_bytes": 0}
-        with refusing(f"{self.saved} does not fit its config.json"):
-            kept = self.metrics.read_bytes()[: content["metrics_bytes"]] if self.metrics.exists() else b""
-            if self.saved.exists():
-                training.load_state_dict(content)
+    def restore(self, training: Training, content: dict | None) -> None:  # to a checkpoint; later metrics are cut off
+        kept = self.metrics.read_bytes()[: content["metrics_bytes"]] if content and self.metrics.exists() else b""
+        kept = kept[: kept.rfind(b"\n") + 1]  # they can be shorter after a power cut: whole lines only
+        self.history(kept)
+        if content:
+            with refusing(f"{self.saved} does not fit its config.json", ValueError):
+                training.load_state_dict({name: content[name] for name in training.written()})
         if self.metrics.exists():
-            os.truncate(self.metrics, kept.rfind(b"\n") + 1)  # they can be shorter after a power cut: whole lines only
-        self.history()
+            os.truncate(self.metrics, len(kept))
 
-    def history(self) -> list[dict]:  # the rows of metrics.jsonl
-        rows = []
-        for number, line in enumerate(self.metrics.read_text().splitlines() if self.metrics.exists() else [], 1):
-            with refusing(f"{self.metrics}: line {number} is no row of metrics, a JSON object"):
+    def history(self, content: bytes | None = None) -> list[dict]:  # the rows of metrics.jsonl
+        rows, lines = [], (self.metrics.read_bytes() if content is None else content).splitlines()
+        for number, line in enumerate(lines, 1):
+            with refusing(f"{self.metrics}: line {number} is no row of metrics", (*UNREADABLE, TypeError)):
                 rows.append(dict(json.loads(line)))
-                _ = rows[-1]["step"], rows[-1]["particle"]
+                known = dict.fromkeys(rows[0], int | float | None) | {"step": whole(), "particle": whole()}
+                as_written(rows[-1], known)
         return rows
 
 
@@ -1549,7 +1671,8 @@ def save_figure(path: Path, draw) -> None:  # what `draw` makes of an empty figu
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(3.5, 2.5), layout="constrained")
         draw(figure)
-        figure.savefig(path)
+        figure.savefig(buffer := io.BytesIO(), format=path.suffix[1:])
+        save_whole(path, buffer.getvalue())
 
 
 def run_figures(domain: Domain, learner: Learner, history: list[dict]) -> dict:  # file name → function that draws
@@ -1602,7 +1725,6 @@ def draw_comparison(figure, rows: list[dict]) -> None:  # the headline metric by
 # 9. Commands, and how a domain is found
 # ---------------------------------------------------------------------------------------------------------------------
 
-import errno
 import importlib.util
 import signal
 import subprocess
@@ -1632,6 +1754,7 @@ OPTIONS = {  # name: type, how --help shows it, default
     "use": (str, Option(help="Of --phi: learned; or chosen, the default φ where the run chose it"), "chosen"),
     "of": (str | None, Option("--domain", help="A run's own, where its file has changed"), None),
     "export": (Path | None, Option(help="Also write the encoder's state_dict to this new file"), None),
+    "force": (bool, Option("--force", help="That file may be there already: replace it"), False),
     "resume": (Path | None, Option(help="Go on with this run, from its last checkpoint"), None),
     "device": (str, Option(help="auto, cpu, cuda or cuda:N", show_default=False), "auto"),
     "data": (Path, Option(help="Where prepared data lie", show_default=False), Path("data")),
@@ -1640,7 +1763,7 @@ OPTIONS = {  # name: type, how --help shows it, default
 COMMANDS = {  # name: what --help says of it, the options that it has beside those of all and settings
     "pretrain": ("Pre-train with φ fixed: the baseline, or (--phi) at what a run learned.", "domain preset phi use resume"),
     "meta": ("Learn φ while pre-training (Algorithm 1), then compare what it is worth.", "domain preset resume"),
-    "finetune": ("Fine-tune a run's encoder, over seeds and FT-set sizes, beside one without PT.", "run of export"),
+    "finetune": ("Fine-tune a run's encoder, by seed and FT-set size, beside one without PT.", "run of export force"),
     "eval": ("Test metrics of runs, paired by seed, with differences and 95 % intervals.", "runs of")}  # fmt: skip
 
 
@@ -1655,9 +1778,8 @@ def find_domain(name: str, sha256: str | None = None) -> type[Domain]:
     if not path.is_file():
         shipped = f"; copy bench/domains/{path.name} of metapt's repository there" if name in DOMAINS else ""
         raise BadInput(f"{path}, which defines the domain {name}, is missing{shipped}")
-    for config in [folder / "config.json" for folder in path.parents]:
-        if config.is_file() and b'"format": "metapt ' in config.read_bytes():
-            raise BadInput(f"{path} lies in the run {config.parent}: a run never supplies code, move it elsewhere")
+    if run := run_around(path):
+        raise BadInput(f"{path} lies in the run {run}: a run never supplies code, move it elsewhere")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if sha256 not in (None, found):
         raise BadInput(f"{path} has changed since the run was made: name it again to go on with it as it is now")
@@ -1759,7 +1881,8 @@ def make_command(command: str, kind: type[Domain] | None = None):
             **{"phi": None, "use": "chosen", "export": None} | values, given=given, begun=time.perf_counter()
         )
         ask.console = rich.console.Console(stderr=ask.json)
-        return train(command, kind, ask) if kind else measure_runs(command, ask)
+        with contextlib.ExitStack() as ask.held:  # the lock on the run that the command makes or goes on with
+            return train(command, kind, ask) if kind else measure_runs(command, ask)
 
     run_command.__doc__ = what
     run_command.__signature__ = inspect.Signature([
@@ -1804,8 +1927,8 @@ def train(command: str, kind: type[Domain], ask) -> None:  # `pretrain` and `met
     lines = [f"{name.replace('_', ' ')}: {v:.4g}" for name, v in (measured | facts).items() if v is not None]
     if table:
         summary["phi_table"] = "phi.csv"
-        with (run.folder / "phi.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([table[0], *table[1]])
+        csv.writer(file := io.StringIO(newline="")).writerows([table[0], *table[1]])
+        save_whole(run.folder / "phi.csv", file.getvalue().encode())
         lines.append(f"φ by name: {run.folder / 'phi.csv'} ({', '.join(table[0])})")
     if learner.skipped:
         lines.append(f"{learner.skipped} meta steps were skipped: their hypergradient was not finite")
@@ -1857,6 +1980,8 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
         config = (run := Run(ask.resume)).config()
         if config["command"] != command:
             raise BadInput(f"{ask.resume} is a run of {config['command']}: resume it with that command")
+        run.lock(ask.held)
+        content = run.checkpoint() if run.saved.exists() else None
         device = "cpu" if config["device"] == "cpu" and ask.device == "auto" else ask.device  # for the same numbers
         domain = reopened(run, ask.domain, {}, device, ask)
         for name, value in ask.given.items():
@@ -1871,8 +1996,8 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
     training = Training(domain, command == "meta", phi)
     if not ask.resume:
         finetune_sizes(domain)  # what cannot be is said before anything is written
-        return Run.create(ask.out, config), training
-    run.restore(training)
+        return Run.create(ask.out, config, ask.held), training
+    run.restore(training, content)
     ask.console.print(f"going on at PT step {training.step} of {domain.settings.steps}")
     return run, training
 
@@ -1880,11 +2005,9 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
 def reopened(run: Run, named: str | None, given: dict, device: str, ask) -> Domain:
     """The domain of a run, with all the settings of its config.json but those given, on the data it was trained on."""
     kind, config = domain_of(run, named, ask.console), run.config()
-    stored, names = config["settings"], {f.name for f in dataclasses.fields(kind.Settings)}
-    with refusing(f"{run.folder / 'config.json'}", BadInput):
-        if wrong := sorted(names ^ set(stored)):
-            raise BadInput(f"{wrong[0]} is {'missing' if wrong[0] in names else 'unknown'}")
-        settings = kind.Settings(**stored)
+    known = {f.name: lambda value: True for f in dataclasses.fields(kind.Settings)}  # they check themselves
+    with refusing(f"{run.started}", (BadInput, ValueError)):
+        settings = kind.Settings(**as_written(config["settings"], known, "settings."))
     domain = kind(dataclasses.replace(settings, **given), pick_device(device), ask.data)
     if config["data"] != domain.data_digest():
         raise BadInput(f"{run.folder} was trained on other data than {ask.data} holds now")
@@ -1899,9 +2022,8 @@ def phi_of(folder: Path, config: dict, domain: Domain, console) -> dict:  # that
         raise BadInput(f"{folder}: its φ was learned on other data, or on other parts of them (--seed draws them)")
     if content["step"] < theirs["settings"]["steps"]:
         console.print(f"{folder} is unfinished: its φ is that of PT step {content['step']}", highlight=False)
-    with refusing(f"{folder}: its φ does not fit"):
-        domain.meta().load_state_dict(content["phi"])
-    return content["phi"]
+    with refusing(f"{folder}: its φ does not fit", ValueError):
+        return as_written(content["phi"], domain.meta().state_dict())
 
 
 def worth_it(folder: Path) -> bool:  # whether a run of `meta` chose what it learned, or did not choose
@@ -1918,15 +2040,17 @@ def follow(training: Training, run: Run, console) -> None:  # with bar, metrics,
     handlers = [(n, signal.signal(n, lambda *_: stopped.append(True))) for n in (signal.SIGINT, signal.SIGTERM)]
     try:
         label = "learning φ" if training.learn else "pre-training"
-        with progress_bar(console, label, settings.steps) as bar, run.metrics.open("a") as file:
+        with progress_bar(console, label, settings.steps) as bar:
 
             def each(training):
+                rows = ""
                 for learner in training.learners:
                     measured = domain.measure(learner.meta)
                     row = {"step": training.step, "particle": learner.number, "skipped": learner.skipped}
                     row |= {name: finite_or_none(value) for name, value in learner.losses.items()}
-                    file.write(json.dumps(row | measured) + "\n")
-                file.flush()
+                    rows += json.dumps(row | measured) + "\n"
+                with writing(run.metrics, len(rows)), run.metrics.open("a") as file:
+                    file.write(rows)
                 value = next(iter(measured.values()), None)
                 bar(training.step, "" if value is None else f"φ {value:.4g}")
                 if stopped:
@@ -1960,7 +2084,7 @@ def conclude(command: str, domain: Domain, run: Run, found: dict, ask, lines: li
         save_figure(run.folder / name, draw)
     show_comparison(ask.console, rows)
     show_comparison(ask.console, found.get("differences", []))
-    names = ", ".join(sorted(path.name for path in run.folder.iterdir()))
+    names = ", ".join(sorted(path.name for path in run.folder.iterdir() if path.name[0] != "."))
     for line in (*lines, f"{summary['seconds']:.0f} s; {run.folder}: {names}"):
         ask.console.print(line, highlight=False)
     if ask.json:
@@ -1976,8 +2100,8 @@ def load_encoder(path: Path, ask) -> tuple[str, Domain, Network]:  # a run's; it
         raise BadInput("--measure-steps has no effect with --measure-epochs")
     domain = reopened(run, ask.of, given, ask.device, ask)
     network = domain.network()
-    with refusing(f"{run.saved} holds no encoder of {config['domain']}"):
-        network.load_state_dict(learners[0]["network"])
+    with refusing(f"{run.saved} holds no encoder of {config['domain']}", (LookupError, TypeError, ValueError)):
+        network.load_state_dict(as_written(learners[0]["network"], network.state_dict(), "network."))
     method = "online" if config["command"] == "meta" else "learned_phi" if config["phi"] else "default_phi"
     return method, domain, network
 
@@ -1999,15 +2123,20 @@ def measure_runs(command: str, ask) -> None:  # `finetune` and `eval`
     domain, sizes, seeds = domains[0], finetune_sizes(domains[0]), ask.given.get("compare", 5)
     if seeds < 1:
         raise BadInput(f"--compare is {seeds}, expected 1 or more here")
-    if ask.export and (ask.export.exists() or not ask.export.parent.is_dir()):
-        reason = "it is there already" if ask.export.exists() else f"{ask.export.parent} is no folder"
-        raise BadInput(f"{ask.export} cannot be written: {reason}")
+    if export := ask.export and ask.export.resolve():
+        home = run_around(export) or (ask.out and ask.out.resolve() in export.parents and ask.out)
+        reasons = {f"it lies in the run {home}": home, f"{export.parent} is no folder": not export.parent.is_dir(),
+                   "it is there already (--force replaces a file)":
+                   export.exists() and not (ask.force and export.is_file())}  # fmt: skip
+        if reason := next(filter(reasons.get, reasons), None):
+            raise BadInput(f"{ask.export} cannot be written: {reason}")
     torch.set_num_threads(domain.threads or torch.get_num_threads())
     config = {"command": command, **identity(type(domain)), "runs": [str(path) for path in paths], "sizes": sizes,
               "seeds": seeds, "settings": dataclasses.asdict(domain.settings)}  # fmt: skip
-    run, lines = Run.create(ask.out, config), []
-    if ask.export:
-        save_whole(ask.export, lambda file: torch.save(networks[0].encoder.state_dict(), file))
+    run, lines = Run.create(ask.out, config, ask.held), []
+    if export:
+        torch.save(networks[0].encoder.state_dict(), buffer := io.BytesIO())
+        save_whole(export, buffer.getvalue())
         lines = [f"the encoder's state_dict is in {ask.export}"]
 
     names = [(method, path.name, str(path)) for method, path in zip(own_methods, paths, strict=True)]
@@ -2061,15 +2190,15 @@ def main() -> None:
             raise KeyboardInterrupt
     except (BadInput, typer.BadParameter.__mro__[1]) as error:  # the latter: any error of usage
         text = error.format_message() if hasattr(error, "format_message") else str(error)
-        status, message = 2, " ".join(text.split())
+        status, message = 2, text
         if option := getattr(error, "option_name", "") if message.startswith("No such option") else "":
             message = misplaced(option, sys.argv[1:])
     except OSError as error:  # a file in a folder's place, a disk that is full
-        status, message = 1 if error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO) else 2, str(error)
-    except (Failed, KeyboardInterrupt, typer.Abort) as error:
+        status, message = 1 if error.errno in (*FULL, errno.EPIPE, errno.EIO) else 2, str(error)
+    except (Failed, torch.OutOfMemoryError, KeyboardInterrupt, typer.Abort) as error:
         status, message = 1, str(error) or "stopped"
     if message:
-        print(f"metapt: {message}", file=sys.stderr)
+        print(f"metapt: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 

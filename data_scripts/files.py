@@ -142,7 +142,8 @@ class Array:
     """A .npy file that grows by rows, of which none is held in memory."""
 
     def __init__(self, file: Path, path: Path, like: np.ndarray):
-        self.file, self.path, self.dtype, self.shape = file.open("xb", 0), path, like.dtype, (0, *like.shape[1:])
+        self.file, self.path, self.dtype, self.shape = file.open("x+b", 0), path, like.dtype, (0, *like.shape[1:])
+        self.written = hashlib.sha256()  # of the values
         self.header()
 
     def header(self) -> None:
@@ -151,17 +152,27 @@ class Array:
         np.lib.format.write_array_header_1_0(text := io.BytesIO(), facts)
         self.file.seek(0)
         write(self.file, text.getbuffer(), self.path)
+        self.begin = len(text.getbuffer())
 
     def append(self, values: np.ndarray) -> None:
         values = np.ascontiguousarray(values, self.dtype)
-        write(self.file, values.reshape(-1).view(np.uint8), self.path)
+        write(self.file, content := values.reshape(-1).view(np.uint8), self.path)
+        self.written.update(content)
         self.shape = (self.shape[0] + len(values), *self.shape[1:])
 
-    def close(self) -> None:
+    def finish(self) -> str:
+        """The SHA-256 of the file, which is read back; Failed where its values are not those that were written."""
         self.header()
         with room(self.path, self.file.seek(0, os.SEEK_END)):
             os.fsync(self.file.fileno())
-        self.file.close()
+        self.file.seek(0)
+        whole, values = hashlib.sha256(self.file.read(self.begin)), hashlib.sha256()
+        while piece := self.file.read(1 << 20):
+            whole.update(piece)
+            values.update(piece)
+        if values.digest() != self.written.digest():
+            raise Failed(f"{self.path} does not read back as it was written: the disk is faulty")
+        return whole.hexdigest()
 
 
 @contextlib.contextmanager
@@ -276,13 +287,12 @@ def prepared_folder(folder: Path, about: dict):
 
         try:
             yield append
-            for array in arrays.values():
-                array.close()
+            sums = {name: array.finish() for name, array in arrays.items()}
         finally:
             for array in arrays.values():
                 array.file.close()
         about["arrays"] = {
-            name: {"dtype": array.dtype.str, "shape": array.shape, "sha256": digest(new / f"{name}.npy")}
+            name: {"dtype": array.dtype.str, "shape": array.shape, "sha256": sums[name]}
             for name, array in arrays.items()
         }
         with (new / "about.json").open("xb", 0) as file:

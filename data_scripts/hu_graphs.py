@@ -77,7 +77,8 @@ def published_graphs(data: dict, slices: dict) -> Iterator[RawGraphs]:
             yield RawGraphs(sizes, degrees, cut("edge_index", 1), cut("edge_attr"), cut("center_node_idx").reshape(-1),
                             cut("species_id").reshape(-1), np.concatenate(labels, 1))  # fmt: skip
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"the data set is not laid out as Hu et al.'s: {type(error).__name__} {error}") from None
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:160]  # torch's can be 47 lines
+        raise BadInput(f"the data set is not laid out as Hu et al.'s: {reason}") from None
 
 
 def unzip(archive: Path, path: Path) -> Path:

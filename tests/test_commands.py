@@ -27,6 +27,7 @@ from tools import (
     options,
     outcome,
     refused,
+    rewrite,
     strict_json,
     summary_of,
     toy_file,
@@ -152,9 +153,8 @@ def test_phi_that_was_learned_can_be_frozen(runs, tmp_path):
 def test_pretraining_uses_what_the_run_chose_unless_told_otherwise(copied, tmp_path, chosen, use, method):
     path = copied("toy") / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chosen": chosen}))
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
     toy_file(tmp_path / "toy.py")
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"domain": f"{tmp_path / 'toy.py'}:Toy"}))
+    rewrite(tmp_path / "run", lambda config: config.update(domain=f"{tmp_path / 'toy.py'}:Toy"))
     code, out, err = main_in(tmp_path, "pretrain", "toy.py", "--phi=run", "--use", use, "--out=afresh")
     assert code == 0, err
     assert ("not worth it" in out) == (method == "default_phi")
@@ -168,11 +168,9 @@ def test_pretraining_uses_what_the_run_chose_unless_told_otherwise(copied, tmp_p
 
 
 def test_phi_of_an_unfinished_run_is_used_and_said_to_be(copied, tmp_path):
-    content = torch.load(copied("toy") / "checkpoint.pt", weights_only=True)
-    torch.save({**content, "step": 16}, tmp_path / "run" / "checkpoint.pt")
     toy_file(tmp_path / "toy.py")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"domain": f"{tmp_path / 'toy.py'}:Toy"}))
+    rewrite(copied("toy"), lambda config: config.update(domain=f"{tmp_path / 'toy.py'}:Toy"),
+            lambda content: content.update(step=16))  # fmt: skip
     code, out, _ = main_in(tmp_path, "pretrain", "toy.py", "--phi=run", "--use=learned", "--compare=0")
     assert code == 0
     assert "run is unfinished: its φ is that of PT step 16" in " ".join(out.split())
@@ -599,7 +597,7 @@ def test_help_of_the_other_commands(command, tmp_path):
     if command == "download":
         return
     measuring = {f"measure-{name}" for name in ("scope", "lr", "steps", "epochs", "batch-size")} | {"compare", "sizes"}
-    own = {"export"} if command == "finetune" else set()
+    own = {"export", "force"} if command == "finetune" else set()
     assert set(shown) == measuring | own | {"domain", "device", "data", "out", "json", "help"}
 
 
@@ -758,7 +756,7 @@ def test_the_project_is_laid_out_as_the_design_says():
                  *(f"data_scripts/{name}.py" for name in ("mnist", "ptbxl", "hu_graphs", "string_graphs", "files", "graphs"))):  # fmt: skip
         assert (ROOT / name).is_file(), name
     tests = {f"test_{name}.py" for name in (
-        "hypergradient", "loop", "images", "commands", "structure", "readme", "ppi", "ecg", "data_scripts")}  # fmt: skip
+        "hypergradient", "loop", "images", "commands", "structure", "readme", "ppi", "ecg", "data_scripts", "faults")}  # fmt: skip
     assert {path.name for path in (ROOT / "tests").glob("test_*.py")} == tests
 
 

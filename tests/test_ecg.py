@@ -31,7 +31,7 @@ def write(folder: Path, about: dict, arrays: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values)
-    facts = {name: {"dtype": v.dtype.str, "shape": list(v.shape)} for name, v in arrays.items()}
+    facts = {name: {"dtype": v.dtype.str, "shape": list(v.shape), "sha256": ""} for name, v in arrays.items()}
     (folder / "about.json").write_text(json.dumps({**about, "arrays": facts}))
 
 
@@ -42,7 +42,7 @@ def home(tmp_path_factory) -> Path:
     gain = np.tile(np.float32([1000, 2000, 4000] * 4), (60, 1))  # per mV, another one for each lead
     baseline = np.tile(np.float32(range(-30, 90, 10)), (60, 1))
     samples = (signals * gain[:, None] + baseline[:, None]).round().astype(np.int16)
-    about = {"format": "metapt ecgs 2", "records": 60, "left_out": [], "leads": list(LEADS), "hertz": 100, "samples": 1000,
+    about = {"format": "metapt ecgs 2", "source": "", "licence": "", "records": 60, "left_out": [], "leads": list(LEADS), "hertz": 100, "samples": 1000,
              "classes": ["NORM", "MI", "STTC", "CD", "HYP"]}  # fmt: skip
     folder = tmp_path_factory.mktemp("home")
     write(folder / "data" / "ecg" / "prepared", about, {

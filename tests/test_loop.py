@@ -129,11 +129,12 @@ class Hostile:
         return pytest.fail, ("code in the data was run",)
 
 
-ARRAY = {"dtype": "<f4", "shape": [2, 3]}
+ARRAY = {"dtype": "<f4", "shape": [2, 3], "sha256": ""}
 UNFIT = [  # what becomes of about.json, or of the array's bytes; the file that is named
     *(({"format": form}, "about.json") for form in ("form 2", None)), *(("[]{"[i:j], "about.json") for i, j in ((0, 2), (2, 3))),
     *(({"arrays": a}, "make data") for a in (None, {"values": {}}, {"values": 3}, {"others": ARRAY})),
-    *(({"arrays": {"values": ARRAY | wrong}}, "values.npy") for wrong in ({"dtype": "<f8"}, {"shape": [3, 2]})),
+    *(({"arrays": {"values": ARRAY | wrong}}, "about.json") for wrong in ({"dtype": "<f8"}, {"shape": [3, 2]})),
+    *(({name: value}, f"about.json .*{name}") for name, value in (("note", 4), ("note", True), ("source", None), ("more", 1))),
     *((content, "values.npy") for content in (None, b"", b"torn", b"plain text", Hostile())),
 ]  # fmt: skip
 
@@ -142,10 +143,16 @@ UNFIT = [  # what becomes of about.json, or of the array's bytes; the file that 
 def test_prepared_data_are_read_as_they_are_or_refused(tmp_path, change, named):
     values, path, about = np.arange(6, dtype=np.float32).reshape(2, 3), tmp_path / "values.npy", tmp_path / "about.json"
     np.save(path, values)
-    about.write_text(json.dumps({"format": "form 1", "arrays": {"values": ARRAY}, "note": 3}
+    layout = {
+        "form": "form 1",
+        "prepared_by": "make data",
+        "facts": {"note": 3},
+        "layout": lambda about: {"values": ("<f4", [2, 3])},
+    }
+    about.write_text(json.dumps({"format": "form 1", "source": "", "licence": "", "arrays": {"values": ARRAY}, "note": 3}
                                 | (change if isinstance(change, dict) else {})))  # fmt: skip
     if named == "whole":
-        found, arrays = metapt.read_prepared(tmp_path, "form 1", "make data")
+        found, arrays = metapt.read_prepared(tmp_path, **layout)
         assert found["note"] == 3 and list(arrays) == ["values"]
         assert torch.equal(arrays["values"], torch.from_numpy(values))
         return
@@ -158,7 +165,7 @@ def test_prepared_data_are_read_as_they_are_or_refused(tmp_path, change, named):
     elif isinstance(change, str):
         about.write_text(change)
     with pytest.raises(metapt.BadInput, match=named) as caught:
-        metapt.read_prepared(tmp_path / ("nowhere" if change == "no folder" else ""), "form 1", "make data")
+        metapt.read_prepared(tmp_path / ("nowhere" if change == "no folder" else ""), **layout)
     assert "\n" not in str(caught.value) and ("make data" in str(caught.value) or isinstance(change, str))
 
 
@@ -500,7 +507,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others():
     first, again, other = (flat(training(seed=seed).run().best.network) for seed in (3, 3, 4))
     assert torch.equal(first, again) and not torch.equal(first, other)
     run = training()
-    with pytest.raises(ValueError, match="holds no learner"):
+    with pytest.raises(ValueError, match="learners.0 is missing"):
         run.load_state_dict({**run.state_dict(), "learners": []})
 
 

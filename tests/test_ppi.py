@@ -84,7 +84,7 @@ def test_counts_that_do_not_fit_the_arrays_are_refused(home, tmp_path, name, val
     about = json.loads((folder / "about.json").read_text())
     ppi.Graphs(folder, CPU, "")
     (folder / "about.json").write_text(json.dumps({**about, name: value}))
-    with pytest.raises(metapt.BadInput, match=r"^\S+/g is not what 'a command' wrote: "):
+    with pytest.raises(metapt.BadInput, match=r"^\S+/g\S* is not what 'a command' wrote: "):
         ppi.Graphs(folder, CPU, "a command")
 
 

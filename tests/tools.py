@@ -1,6 +1,7 @@
 """Tools of the tests: metapt's commands in this process or in another, what runs leave behind, a domain in miniature."""
 
 import contextlib
+import hashlib
 import inspect
 import io
 import json
@@ -90,6 +91,16 @@ def outcome(folder: Path) -> tuple[dict, str, bytes]:
     table = folder / "phi.csv"
     return ({name: value for name, value in summary.items() if name not in clocks},
             (folder / "metrics.jsonl").read_text(), table.read_bytes() if table.exists() else b"")  # fmt: skip
+
+
+def rewrite(run: Path, config=lambda content: None, checkpoint=lambda content: None) -> None:
+    """Changes what a run's config.json and checkpoint hold, as if the program itself had written it so."""
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config(settings) or settings))
+    content = torch.load(run / "checkpoint.pt", weights_only=True)
+    content["config"] = hashlib.sha256((run / "config.json").read_bytes()).hexdigest()
+    torch.save(checkpoint(content) or content, buffer := io.BytesIO())
+    (run / "checkpoint.pt").write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).hexdigest().encode())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -34,24 +34,25 @@ class Records:
     """
 
     def __init__(self, folder: Path, device: torch.device):
-        prepared_by = "python metapt.py download ecg"
-        about, arrays = metapt.read_prepared(folder, "metapt ecgs 2", prepared_by)
-        try:
+        def names(value):
+            return type(value) is list and len(value) > 0 and all(type(name) is str for name in value)
+
+        def layout(about):
             n, leads, classes = about["records"], len(about["leads"]), len(about["classes"])
-            shapes = {"ecg_id": [n], "patient": [n], "fold": [n], "labels": [n, classes], "gain": [n, leads],
-                      "baseline": [n, leads], "sums": [n, 2], "samples": [n, about["samples"], leads]}  # fmt: skip
-            wrong = [name for name, shape in shapes.items() if list(arrays[name].shape) != shape]
-            wrong += [name for name in list(shapes)[:-1] if not arrays[name].isfinite().all()]
-            good = {"gain": arrays["gain"] > 0, "fold": arrays["fold"] >= 0,
-                    "labels": (arrays["labels"] == 0) | (arrays["labels"] == 1)}  # fmt: skip
-            wrong += [name for name, of in good.items() if not of.all()]
-            if wrong or not about["hertz"] > 0:
-                raise ValueError(f"{(*wrong, 'hertz')[0]} has a shape or a value that cannot be")
-        except (LookupError, TypeError, ValueError) as error:
-            raise metapt.BadInput(f"{folder} is not what '{prepared_by}' wrote: {error!r}") from None
+            return {"ecg_id": ("<i8", [n]), "patient": ("<i8", [n]), "fold": ("<i8", [n]), "labels": ("|u1", [n, classes]),
+                    "gain": ("<f4", [n, leads]), "baseline": ("<f4", [n, leads]), "sums": ("<f8", [n, 2]),
+                    "samples": ("<i2", [n, about["samples"], leads])}  # fmt: skip
+
+        one, prepared_by = metapt.whole(1), "python metapt.py download ecg"
+        facts = {"records": one, "leads": names, "classes": names, "hertz": one, "samples": one, "left_out": list}
+        about, arrays = metapt.read_prepared(folder, "metapt ecgs 2", prepared_by, facts, layout)
+        good = {"gain": (arrays["gain"] >= 1) & (arrays["gain"] <= 1e6), "baseline": arrays["baseline"].abs() <= 2**15,
+                "fold": arrays["fold"] >= 0, "labels": arrays["labels"] <= 1, "sums": arrays["sums"].isfinite()}  # fmt: skip
+        if wrong := [name for name, right in good.items() if not right.all()]:
+            raise metapt.BadInput(f"{folder}/{wrong[0]}.npy is not what '{prepared_by}' wrote: a value that cannot be")
         self.leads, self.classes, self.hertz, self.length = (about[k] for k in ("leads", "classes", "hertz", "samples"))
         self.ecg_id, self.patient, self.fold, self.labels, self.gain, self.baseline, self.sums, self.samples = (
-            arrays[name].to(device) for name in shapes
+            arrays[name].to(device) for name in layout(about)
         )
 
     def millivolts(self, index: Tensor) -> Tensor:
@@ -63,8 +64,8 @@ class Records:
         """Mean and standard deviation, in mV, over all samples of all leads of these records."""
         total, squares = self.sums[index].sum(0).tolist()
         n = len(index) * self.length * len(self.leads)
-        variance = squares / n - (total / n) ** 2
-        if variance <= 0:
+        variance = squares / n - (total / n) * (total / n)
+        if not 0 < variance < math.inf:
             raise metapt.BadInput("the records' sums leave no variance: they are flat, or prepared wrongly")
         return total / n, math.sqrt(variance)
 

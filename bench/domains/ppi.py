@@ -39,18 +39,27 @@ class Graphs:
     """Prepared graphs, memory-mapped (on an accelerator: copied there); nothing is done graph by graph."""
 
     def __init__(self, folder: Path, device: torch.device, prepared_by: str):
-        self.about, arrays = metapt.read_prepared(folder, "metapt graphs 2", prepared_by)
-        try:
-            graphs, nodes, edges, self.tasks = (self.about[n] for n in ("graphs", "nodes", "edges", "tasks"))
-            shapes = {"sizes": [graphs], "degrees": [graphs], "centre": [graphs], "species": [graphs], "source": [edges],
-                      "labels": [graphs, -(-self.tasks // 8)], "sums": [nodes, 10]}  # fmt: skip
-            wrong = [name for name, shape in shapes.items() if list(arrays[name].shape) != shape]
-            totals = arrays["sizes"].sum().item(), arrays["degrees"].sum().item(), len(self.about["terms"])
-            if wrong or totals != (nodes, edges, self.tasks) or self.about["finetune_terms"] not in range(self.tasks):
-                raise ValueError(f"{(*wrong, 'a total')[0]} does not fit the counts in about.json")
-        except (LookupError, TypeError, ValueError) as error:
-            raise metapt.BadInput(f"{folder} is not what '{prepared_by}' wrote: {error}") from None
-        sizes, degrees, centre, self.species, self.source, self.bits, self.sums = (arrays[n].to(device) for n in shapes)
+        def layout(about):
+            graphs, tasks = about["graphs"], about["tasks"]
+            kinds = dict.fromkeys(("sizes", "degrees", "centre", "species"), ("<i4", [graphs]))
+            return kinds | {"source": ("<u2", [about["edges"]]), "labels": ("|u1", [graphs, -(-tasks // 8)]),
+                            "sums": ("<f4", [about["nodes"], 10])}  # fmt: skip
+
+        facts = dict.fromkeys(("graphs", "nodes", "edges", "tasks"), metapt.whole(1))
+        facts |= {"finetune_terms": metapt.whole(), "terms": list}
+        self.about, arrays = metapt.read_prepared(folder, "metapt graphs 2", prepared_by, facts, layout)
+        nodes, edges, self.tasks = (self.about[name] for name in ("nodes", "edges", "tasks"))
+        self.folder, terms = folder, len(self.about["terms"])
+        sizes, degrees, centre = (arrays[name] for name in ("sizes", "degrees", "centre"))
+        good = {"terms": terms == self.tasks, "finetune_terms": self.about["finetune_terms"] < self.tasks,
+                "sizes": (sizes > 0).all() and sizes.sum() == nodes,
+                "degrees": (degrees >= 0).all() and degrees.sum() == edges,
+                "centre": ((centre >= 0) & (centre < sizes)).all()}  # fmt: skip
+        if wrong := [name for name, right in good.items() if not right]:
+            raise metapt.BadInput(f"{folder} is not what '{prepared_by}' wrote: {wrong[0]} does not fit the rest")
+        sizes, degrees, centre, self.species, self.source, self.bits, self.sums = (
+            arrays[name].to(device) for name in layout(self.about)
+        )
         self.sizes, self.degrees, self.centre = sizes.long(), degrees.long(), centre.long()
         self.first_node, self.first_edge = (t.cumsum(0) - t for t in (self.sizes, self.degrees))
 
@@ -61,6 +70,11 @@ class Graphs:
         sums = self.sums[spans(self.first_node[index], size)]
         source = self.source[spans(self.first_edge[index], degree)].long() + first.repeat_interleave(degree)
         incoming = sums[:, 9].long() - 1  # without the self-loop
+        # Not when they are opened: there can be gigabytes of them.
+        if (incoming < 0).any() or incoming.sum() != len(source) or (source >= len(sums)).any():
+            raise metapt.BadInput(
+                f"{self.folder}: source.npy and sums.npy do not fit each other: 'download ppi --check'"
+            )
         graph = torch.arange(len(index), device=index.device).repeat_interleave(size)
         return GraphBatch(sums, source, incoming.cumsum(0) - incoming, graph, self.centre[index] + first, size)
 

@@ -1,0 +1,236 @@
+"""Every file that the program reads, spoilt at random: it is refused in one line, or it makes no difference.
+
+    python -m bench.faults --cases 1000 --seed 0     a table by kind of file and outcome
+    python -m bench.faults --only 17 --seed 0        one case again: what was done, and what was said
+
+Bytes flipped, put in, zeroed, cut off; in text also words and lines; in JSON also keys removed and values of another type.
+A case is a command in a forked process. The exit status is 1 where a traceback came up, anything but the one line was
+said, or other numbers came out of a file whose content is promised to be checked (* in the table).
+"""
+
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import rich.console
+import scipy.stats  # noqa: F401 (with the next two, so that no fork needs to)
+import sklearn.datasets
+import sklearn.model_selection  # noqa: F401
+import torch
+import typer
+
+import metapt
+
+ROOT = Path(metapt.__file__).resolve().parent
+sys.path += [str(ROOT / "data_scripts"), str(ROOT / "tests")]
+
+import datasets
+import files
+import hu_graphs
+import ptbxl
+import string_graphs
+
+PROGRAMS = {"metapt": metapt.main, **{module.__name__: lambda module=module: files.run(vars(module)[module.__name__])
+                                      for module in (hu_graphs, ptbxl, string_graphs)}}  # fmt: skip
+SMALL = "--warmup=0 --batch-size=8 --meta-batch-size=8 --unroll-batch-size=8 --validation-batch-size=8 --compare=0 --width=1"
+START = "metapt meta digits-noise --steps=12 --warmup=4 --meta-every=2 --batch-size=32 --meta-batch-size=32 --compare=0 --out=run"
+RESUME, ECG = "metapt meta --resume=run", f"metapt meta ecg --test-folds=1 --steps=1 --out=run {SMALL}"
+PPI, MEASURE = f"metapt meta ppi --steps=2 --out=run {SMALL}", "--compare=1 --measure-steps=2 --sizes=30 --out=run2"
+OF_RUNS = (RESUME, f"metapt finetune run {MEASURE}", f"metapt eval run {MEASURE}",
+           "metapt pretrain digits-noise --phi=run --steps=2 --compare=0 --out=run2")  # fmt: skip
+
+
+class Kind(NamedTuple):
+    pattern: str  # of the files
+    commands: tuple[str, ...]  # that read them
+    promised: bool = False  # no change of the content may go unnoticed
+
+
+KINDS = {
+    "config.json": Kind("run/config.json", OF_RUNS, True), "checkpoint": Kind("run/checkpoint.pt", OF_RUNS, True),
+    "metrics": Kind("run/metrics.jsonl", (RESUME,)),
+    "graphs": Kind("data/ppi/published/*", (PPI,)), "ECGs": Kind("data/ecg/prepared/*", (ECG,)),
+    "graphs, --check": Kind("data/ppi/published/*.npy", ("hu_graphs --check",), True),
+    "ECGs, --check": Kind("data/ecg/prepared/*.npy", ("ptbxl --check",), True),
+    "STRING and GO": Kind("string/*.txt", ("string_graphs --from string --data out",)),
+    "PTB-XL": Kind("ptbxl/**/*.*", ("ptbxl --from ptbxl --data out", "ptbxl --from ptbxl --data out --strict")),
+    "PTB-XL, right sums": Kind("ptbxl/**/[ps0]*.*", ("ptbxl --from ptbxl --data out", "ptbxl --from ptbxl --data out --strict")),
+    "published graphs": Kind("source/published.pt", ("hu_graphs --from source/published.pt --data out",)),
+}  # fmt: skip
+OUTCOMES = REFUSED, SAME, OTHER, WORDY, TRACEBACK, ENDLESS = (
+    "refused in one line", "identical numbers", "other numbers", "other words", "traceback", "no end")  # fmt: skip
+NAN, DEEP = float("nan"), json.loads("[" * 500 + "]" * 500)
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    10**6,
+    2**63,
+    10**400,
+    0.5,
+    -7.0,
+    1e300,
+    NAN,
+    1e999,
+    "",
+    "x",
+    "5",
+    "\0",
+    "\ud800",
+    [],
+    {},
+    DEEP,
+]
+WORDS = [*"|nan|inf|-1|0|2|1e300|1e-30|x|None|'|[|\0|é|3.5|99999999999999999999".split("|"), "9" * 5000]  # noqa: SIM905
+
+
+def spoil(content: bytes, name: str, draw: random.Random) -> bytes:
+    """Something else in its place, in one of the ways that its kind of file allows."""
+    ways = ["flip", "put", "zero", "cut", "drop", "twice", "rubbish"] + ["json"] * 7 * ("json" in name)
+    ways += [b" ", b",", b"\n", b"\n"] * 2 * name.endswith((".txt", ".csv", ".hea", ".jsonl"))
+    way, begin, length = draw.choice(ways), draw.randrange(len(content)), draw.choice((1, 2, 8, 512, len(content)))
+    piece, rest = content[begin : begin + length], content[begin + length :]
+    if way == "flip":
+        return content[:begin] + bytes([content[begin] ^ 1 << draw.randrange(8)]) + content[begin + 1 :]
+    if way == "json":
+        lines = content.splitlines() if name.endswith("l") else [content]
+        number = draw.randrange(len(lines))
+        lines[number] = json.dumps(alter(json.loads(lines[number]), draw)).encode()
+        return b"".join(line + b"\n" for line in lines)
+    if isinstance(way, bytes):  # what stands between two of it
+        pieces = content.split(way)
+        number = draw.randrange(len(pieces))
+        pieces[number : number + 1] = draw.choice(([], pieces[number : number + 1] * 2, [draw.choice(WORDS).encode()]))
+        return way.join(pieces)
+    if way in ("cut", "rubbish"):
+        return content[:begin] if way == "cut" else draw.randbytes(draw.randrange(2000))
+    ours = {"put": draw.randbytes(length), "zero": bytes(len(piece)), "drop": b"", "twice": piece * 2}
+    return content[:begin] + ours[way] + rest
+
+
+def alter(content, draw: random.Random):
+    """One value of another type, one key away, or one more, at some depth."""
+    if not isinstance(content, dict | list) or not content or draw.random() < 0.1:
+        return draw.choice((*ODD, -content if isinstance(content, int | float) else "/"))
+    key, way = draw.choice(list(content) if isinstance(content, dict) else range(len(content))), draw.random()
+    if way < 0.15:
+        del content[key]
+    elif way < 0.25 and isinstance(content, dict):
+        content[draw.choice(WORDS)] = content[key]
+    else:
+        content[key] = alter(content[key], draw)
+    return content
+
+
+def ended(folder: Path, command: str) -> tuple[int, str]:
+    """Exit status, or −signal, and standard error of a command in a process of its own."""
+    with tempfile.TemporaryFile("w+") as said:
+        if not (child := os.fork()):
+            status = 70
+            with contextlib.suppress(BaseException):
+                os.chdir(folder)
+                sys.stdout, sys.stderr, sys.argv = open(os.devnull, "w"), said, command.split()  # noqa: SIM115
+                signal.alarm(300)
+                try:
+                    PROGRAMS[sys.argv[0]]()
+                except SystemExit as left:
+                    status = left.code or 0
+                except BaseException:  # noqa: BLE001 (that is what is looked for)
+                    traceback.print_exc()
+                said.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        return status, said.read()
+
+
+def numbers(folder: Path) -> str:
+    """Of what a command left: summaries without their clocks, and prepared data."""
+    summaries = [json.loads(path.read_text()) for path in sorted(folder.glob("run*/summary.json"))]
+    found = [[(name, value) for name, value in summary.items() if "seconds" not in name] for summary in summaries]
+    found += [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("out/**/*.npy"))]
+    return json.dumps(found)
+
+
+def prepare(home: Path) -> dict[str, str]:
+    """All files that there are to spoil, in miniature, into a folder; the numbers that they lead to, by command."""
+    datasets.write_graphs(home / "data" / "ppi" / "published", 40)
+    ptbxl.prepare(datasets.write_ptbxl(home / "ptbxl", 10), home / "data" / "ecg" / "prepared")
+    datasets.write_string(home / "string")
+    (home / "source").mkdir()
+    datasets.write_published(home / "source" / "published.pt", datasets.generated(graphs=30), new=True)
+    metapt.CHECKPOINT_EVERY = 2
+    metapt.save_figure(home / "figure.png", lambda figure: figure.subplots().plot([1, 2]))  # which imports much
+    _ = metapt.find_domain("ppi"), metapt.find_domain("ecg")
+    assert ended(home, START) == (0, "")
+    (home / "run" / "checkpoint.previous.pt").replace(home / "run" / "checkpoint.pt")  # so that there are steps left
+    (home / "run" / "summary.json").unlink()
+    clean = {}
+    for kind in KINDS.values():
+        for command in kind.commands:
+            with tempfile.TemporaryDirectory() as folder:
+                copied(home, kind, Path(folder))
+                assert ended(Path(folder), command) == (0, ""), command
+                clean[command] = numbers(Path(folder))
+    return clean
+
+
+def copied(home: Path, kind: Kind, folder: Path) -> None:
+    part = kind.pattern.partition("/")[0]
+    shutil.copytree(home / part, folder / part)
+
+
+def outcome_of(home: Path, clean: dict, name: str, draw: random.Random) -> tuple[str, str]:
+    """Of one case; and what was done and said."""
+    kind, command = KINDS[name], draw.choice(KINDS[name].commands)
+    path = draw.choice(sorted(path for path in home.glob(kind.pattern) if path.is_file())).relative_to(home)
+    with tempfile.TemporaryDirectory() as folder:
+        copied(home, kind, folder := Path(folder))
+        whole = (folder / path).read_bytes()
+        (folder / path).write_bytes(content := spoil(whole, path.name, draw))
+        if name == "PTB-XL, right sums":
+            datasets.write_sums(folder / "ptbxl")
+        status, said = ended(folder, command)
+        done = f"{path}: {command}: {status}\n{said}"
+        if status not in (0, 1, 2) or "Traceback" in said:
+            return ENDLESS if status == -signal.SIGALRM else TRACEBACK, done
+        if said.count("\n") != (status > 0) or not said.startswith(f"{command.split()[0]}: " * (status > 0)):
+            return WORDY, done
+        same = content == whole if "--check" in command else numbers(folder) == clean[command]
+        return REFUSED if status else SAME if same else OTHER, done
+
+
+def main(cases: int = 1000, seed: int = 0, only: int | None = None):
+    """Spoils files at random, and prints a table of what came of it."""
+    torch.set_num_threads(1)
+    table, failed = collections.Counter(), False
+    with tempfile.TemporaryDirectory() as home, contextlib.redirect_stdout(sys.stderr):
+        clean = prepare(home := Path(home))
+        for number in range(cases) if only is None else [only]:
+            name = list(KINDS)[number % len(KINDS)]
+            outcome, done = outcome_of(home, clean, name, random.Random(f"{seed} {number}"))
+            table[name, outcome] += 1
+            bad = outcome in (WORDY, TRACEBACK, ENDLESS) or (outcome == OTHER and KINDS[name].promised)
+            failed |= bad
+            if bad or only is not None:
+                print(f"case {number}: {outcome}: {done[-3000:]}\n", flush=True)
+    rows = [[name + " *" * KINDS[name].promised, *(str(table[name, o]) for o in OUTCOMES)] for name in KINDS]
+    rows.append(["all", *(str(sum(table[name, o] for name in KINDS)) for o in OUTCOMES)])
+    metapt.show_table(rich.console.Console(width=130), f"{table.total()} cases, seed {seed}", ["", *OUTCOMES], rows)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    typer.run(main)
