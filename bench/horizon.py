@@ -1,0 +1,322 @@
+"""How near cheap hypergradients come to reverse differentiation through PT itself, on the real domains.
+
+    python -m bench.horizon run DOMAIN --data DIR     digits-rotation, digits-noise, ppi (yeast) or ecg
+    python -m bench.horizon report                    tables of what was found, bench/results/horizon.json
+
+PT runs with φ at its default. At a few places of the run a copy takes T more PT steps, on fixed larger batches and without
+dropout; Adam's moments and BatchNorm's statistics go on from PT's own. The truth is the derivative, through these steps, of
+L_V with an FT head that is "fitted" at their end (L-BFGS on FT and validation labels, with a ridge; L_V is the same
+function, so that by the envelope theorem the head counts as constant) or the run's own, "trailing", held, on validation
+labels. Estimates are of where the steps begin, by exact products. Both are means over so many draws of batches.
+"""
+
+import copy
+import json
+import time
+import warnings
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import rich.console
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import metapt
+from bench.problems import flat, grad, leaves, unflat
+from metapt import Params, Solver, Unroll
+
+RESULTS = Path(__file__).parent / "results" / "horizon.json"
+LABELS, RIDGE = 512, 1e-3  # at most so many examples of FT, and of validation; of fitted heads
+FILES = {name: f"bench/domains/{name}.py" for name in ("ppi", "ecg")}
+USUAL = {"horizons": (5, 20, 100), "draws": 2, "modes": ("training", "evaluation"), "dtype": "float64", "given": {}}
+PLANS = {  # places as shares of the run; `batch`: PT examples of each of the T steps; `damping` of cg
+    "digits-rotation": {**USUAL, "places": (0.1, 0.3, 1), "batch": 256, "damping": 1.0},
+    "digits-noise": {**USUAL, "places": (0.1, 0.3, 1), "batch": 256, "damping": 0.1},
+    "ppi": {**USUAL, "places": (0.2, 1), "batch": 128, "damping": 0.1, "horizons": (5, 50),
+            "given": {"steps": 600, "meta_batch_size": 512}},
+    "ecg": {**USUAL, "places": (0.3, 1), "batch": 64, "damping": 0.1, "horizons": (2, 8), "modes": ("training",),
+            "dtype": "float32", "given": {"steps": 100, "batch_size": 64, "meta_batch_size": 64}},
+}  # fmt: skip
+warnings.filterwarnings("ignore", "‖Hq − v‖")
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = rich.console.Console(width=180)
+
+
+class Norm(_BatchNorm):
+    """BatchNorm whose statistics, `running` [2, channels], are differentiable in all that they came from."""
+
+    def forward(self, x):
+        if self.training:
+            over = [0, *range(2, x.dim())]
+            self.running = torch.lerp(self.running, torch.stack([x.mean(over), x.var(over)]), self.momentum)
+            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        shape = (-1, *[1] * (x.dim() - 2))
+        scale = self.weight / (self.running[1] + self.eps).sqrt()
+        return (x - self.running[0].view(shape)) * scale.view(shape) + self.bias.view(shape)
+
+
+def smooth(network: nn.Module) -> tuple[nn.Module, dict[str, Norm]]:
+    """A copy without dropout, and its BatchNorms."""
+    network, norms = copy.deepcopy(network).to(torch.get_default_dtype()), {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+        elif isinstance(module, _BatchNorm):
+            module.running, module.__class__ = torch.stack([module.running_mean, module.running_var]), Norm
+            norms[name] = module
+    return network, norms
+
+
+def adam_state(optimizer, parameters) -> dict:
+    """torch's Adam as a state of metapt.finetune_step."""
+    states = [optimizer.state[p] for p in parameters]
+    moments = {name: flat({i: s[name] for i, s in enumerate(states)}) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": int(states[0]["step"]), **{n: t.to(torch.get_default_dtype()) for n, t in moments.items()}}
+
+
+def reverse(losses, outcome, horizons, norms, theta: Params, phi: Params, state: dict, lr: float) -> dict:
+    """Derivative by φ (flat) of each value of `outcome(theta)` after so many Adam steps: by horizon and name.
+
+    `losses(theta, phi)`, one a step, must draw the same numbers whenever they are called. A step's graph is there only while
+    its adjoint is taken, so that memory does not grow with the steps.
+    """
+    trail, adjoints, unroll = [], {}, Unroll(lr=lr, optimizer="adam")
+
+    def taking(running):  # what follows goes on from these statistics
+        running = leaves(running)
+        for name, norm in norms.items():
+            norm.running = running[name]
+        return running
+
+    def statistics():
+        return {name: norm.running for name, norm in norms.items()}
+
+    for loss in losses:
+        before = leaves(theta), taking(statistics())
+        gradient = grad(loss(before[0], phi), before[0])
+        theta, state = metapt.finetune_step(before[0], gradient, unroll, state)
+        trail.append((loss, *before, state, theta, statistics()))
+    for step, (loss, theta, before, state, after, then) in reversed([*enumerate(trail, 1)]):
+        if step in horizons:
+            end = leaves(after), taking(then)
+            for name, value in outcome(end[0]).items():
+                by = grad(value, joined(*end), retain_graph=True)
+                adjoints[step, name] = flat(group(by, 0)), group(by, 1), (0.0, 0.0), 0.0
+        phi, running = leaves(phi), taking(before)
+        gradient = grad(loss(theta, phi), theta, create_graph=True)
+        outputs = {name: t for name, t in (gradient | statistics()).items() if t.requires_grad}
+        for key, (by_theta, by_running, moments, by_phi) in adjoints.items():
+            direction, moments = metapt.finetune_step_adjoint(by_theta, moments, flat(gradient).detach(), state, unroll)
+            weights = unflat(direction, gradient) | by_running
+            change = grad([*outputs.values()], joined(theta, running, phi), retain_graph=True,
+                          grad_outputs=[weights[name] for name in outputs])  # fmt: skip
+            by_theta, by_phi = by_theta + flat(group(change, 0)), by_phi + flat(group(change, 2))
+            adjoints[key] = by_theta, group(change, 1), moments, by_phi
+    return {key: by_phi for key, (*_, by_phi) in adjoints.items()}
+
+
+def joined(*groups: Params) -> dict[tuple, Tensor]:
+    return {(i, name): t for i, params in enumerate(groups) for name, t in params.items()}
+
+
+def group(joint: dict[tuple, Tensor], i: int) -> Params:
+    return {name: t for (j, name), t in joint.items() if j == i}
+
+
+class Heads:
+    """L_V with a fitted and with the trailing head."""
+
+    def __init__(self, domain, network, learner):
+        self.domain, self.network, self.head = domain, network, learner.head
+        self.rows = {part: torch.arange(domain.sizes[part])[:LABELS] for part in ("finetune", "validation")}
+
+    def hidden(self, theta, parts) -> tuple[Tensor, Tensor]:
+        """Features and labels."""
+        inputs = [self.domain.inputs(part, self.rows[part]) for part in parts]
+        targets = [self.domain.targets(part, self.rows[part]) for part in parts]
+        return torch.cat([metapt.call(self.network, theta, x, features=True) for x in inputs]), torch.cat(targets)
+
+    def trailing(self, theta: Params, psi: Params, parts=("validation",)) -> Tensor:
+        hidden, targets = self.hidden(theta, parts)
+        return self.domain.loss(metapt.call(self.head, psi, hidden), targets)
+
+    def fitted(self, theta: Params, psi: Params) -> Tensor:
+        return self.trailing(theta, psi, tuple(self.rows))
+
+    @torch.enable_grad()
+    def fit(self, theta: Params) -> Params:
+        """ψ where the loss + RIDGE/2·‖ψ‖² is least."""
+        hidden, targets = (t.detach().double() if t.is_floating_point() else t for t in self.hidden(theta, self.rows))
+        head = copy.deepcopy(self.head).double()
+        optimizer = torch.optim.LBFGS(
+            head.parameters(), max_iter=200, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
+        )
+
+        def closure():
+            optimizer.zero_grad()
+            value = self.domain.loss(head(hidden), targets)
+            (value + RIDGE / 2 * sum(p.square().sum() for p in head.parameters())).backward()
+            return value + RIDGE / 2 * sum(p.detach().square().sum() for p in head.parameters())
+
+        optimizer.step(closure)
+        return {name: p.to(next(iter(theta.values())).dtype) for name, p in metapt.detached(head).items()}
+
+
+def truth(learner, progress: float, plan: dict, draw: int) -> dict[tuple, Tensor]:
+    """dL_V/dφ by horizon and head, in torch's default dtype: Adam enlarges rounding where the gradient is nil."""
+    dtype, domain, (network, norms) = torch.get_default_dtype(), copy.copy(learner.domain), smooth(learner.network)
+    domain.inputs = lambda *which: x.to(dtype) if isinstance(x := learner.domain.inputs(*which), Tensor) else x
+    phi, psi = ({n: p.to(dtype) for n, p in ps.items()} for ps in (metapt.detached(learner.meta), learner.psi))
+    heads = Heads(domain, network, learner)
+    torch.manual_seed(draw)
+    stream = metapt.Stream(domain.sizes["pretrain"], plan["batch"], domain.device)
+
+    def step(number: int, index: Tensor):
+        def loss(theta, phi):
+            torch.manual_seed(1000 * draw + number)
+            return domain.pretrain_loss(network, learner.meta, index, progress, live=True)(theta, phi)
+
+        return loss
+
+    losses = [step(number, stream.next()) for number in range(max(plan["horizons"]))]
+    state = adam_state(learner.optimizer, learner.network.parameters())
+    return reverse(
+        losses, lambda theta: {"fitted": heads.fitted(theta, heads.fit(theta)), "trailing": heads.trailing(theta, psi)},
+        plan["horizons"], norms, metapt.detached(network), phi, state, learner.settings.lr,
+    )  # fmt: skip
+
+
+def estimates(learner, progress: float, plan: dict, draw: int) -> dict[tuple, Tensor]:
+    """dL_V/dφ by estimator, mode of the PT loss and head."""
+    domain, settings, heads = learner.domain, learner.settings, Heads(learner.domain, learner.network, learner)
+    theta, phi = metapt.detached(learner.network), metapt.detached(learner.meta)
+    torch.manual_seed(draw)
+    index = metapt.Stream(domain.sizes["pretrain"], settings.meta_batch_size, domain.device).next()
+    of_head = metapt.Stream(domain.sizes["finetune"], settings.unroll_batch_size, domain.device).next()
+    finetune = domain.finetune_loss(learner.network, learner.head, "finetune", of_head)
+    stages = {"fitted": ([], heads.fitted, heads.fit(theta), {"unroll": Unroll(0)}),
+              "trailing": (finetune, heads.trailing, learner.psi,
+                           {"unroll": settings.unroll, "ft_state": learner.ft_state})}  # fmt: skip
+    moments = {n: learner.optimizer.state[p] for n, p in learner.network.named_parameters()}
+    roots = {n: (s["exp_avg_sq"] / (1 - 0.999 ** int(s["step"]))).sqrt() for n, s in moments.items()}
+    solvers = {"identity": Solver("identity"), "identity, Adam": Solver("identity"),
+               "neumann 1, α = PT's": Solver("neumann", 1, settings.lr),
+               f"cg 5, damping {plan['damping']:g}": Solver("cg", 5, damping=plan["damping"])}  # fmt: skip
+
+    def ask(loss, solver, head, preconditioner=None):
+        torch.manual_seed(draw)
+        finetune, validation, psi, options = stages[head]
+        return flat(metapt.hypergradient(loss, finetune, validation, theta, psi, phi, solver=solver,
+                                         preconditioner=preconditioner, **options).phi)  # fmt: skip
+
+    as_it_is = domain.pretrain_loss(learner.network, learner.meta, index, progress, live=False)
+    found = {("as configured", "", "trailing"): ask(as_it_is, settings.inverse, "trailing")}
+    for mode in plan["modes"]:
+        network = copy.deepcopy(learner.network)  # its statistics may change
+        if mode == "evaluation":
+            network.train = lambda mode=True, network=network: nn.Module.train(network, False)
+        loss = domain.pretrain_loss(network, learner.meta, index, progress, live=mode == "training")
+        for name, solver in solvers.items():
+            scale = (lambda r: {n: r[n] / (roots[n] + 1e-8) for n in r}) if "Adam" in name else None
+            found |= {(name, mode, head): ask(loss, solver, head, scale) for head in stages}
+    return found
+
+
+def summary(draws: list[dict], references: dict) -> list[dict]:
+    """Of each: norm, mean cosine between two draws; of its mean, cosine and ratio to the means of the truths."""
+    rows, cosine = [], lambda a, b: F.cosine_similarity(a.double(), b.double(), 0).item()
+    for key in draws[0]:
+        each = [found[key].double() for found in draws]
+        mean, between = sum(each) / len(each), [cosine(a, b) for a, b in combinations(each, 2)]
+        rows.append({"of": key, "norm": mean.norm().item(), "between_draws": float(np.mean(between)),
+                     "cosine": {" ".join(map(str, k)): cosine(mean, t) for k, t in references.items()},
+                     "ratio": {" ".join(map(str, k)): (mean @ t / (t @ t)).item() for k, t in references.items()}})  # fmt: skip
+        if len(mean) == 1:
+            rows[-1]["values"] = [x.item() for x in each]
+    return rows
+
+
+@app.command()
+def run(
+    domain: Annotated[str, typer.Argument(help=", ".join(PLANS))],
+    seeds: Annotated[int, typer.Option(help="0, 1, …")] = 3,
+    data: Annotated[Path, typer.Option(help="Where prepared data lie")] = Path("data"),
+):
+    """PT of each seed; truths and estimates at each place of it."""
+    torch.set_num_threads(1)
+    plan, kind = PLANS[domain], metapt.find_domain(FILES.get(domain, domain))
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    rows = found.setdefault(domain, {})["rows"] = []
+    found[domain] |= {"torch": torch.__version__, "plan": plan}
+    for seed in range(seeds):
+        settings = metapt.settings_of(kind, {**plan["given"], "seed": seed})
+        training, left = metapt.Training(kind(settings, torch.device("cpu"), data), learn=True), list(plan["places"])
+        training.best.meta_step = lambda progress: None  # φ stays
+
+        def look(training, seed=seed, left=left, settings=settings):
+            while left and training.step >= left[0] * settings.steps:
+                learner, times = training.best, [time.perf_counter()]
+                progress = max(0.0, (training.step - 1 - settings.warmup) / (settings.steps - settings.warmup))
+                with torch.random.fork_rng():
+                    torch.set_default_dtype(getattr(torch, plan["dtype"]))  # of random numbers too
+                    truths = [truth(learner, progress, plan, draw) for draw in range(plan["draws"])]
+                    torch.set_default_dtype(torch.float32)
+                    times.append(time.perf_counter())
+                    cheap = [estimates(learner, progress, plan, draw) for draw in range(plan["draws"])]
+                    times.append(time.perf_counter())
+                means = {key: sum(each[key] for each in truths).double() / len(truths) for key in truths[0]}
+                rows.append({"seed": seed, "place": left.pop(0), "pt_step": training.step, "phi": len(flat(metapt.detached(
+                    learner.meta))), "seconds": np.diff(times).tolist(), "truths": summary(truths, means),
+                    "estimates": summary(cheap, means)})  # fmt: skip
+                metapt.save_json(RESULTS, found)
+                console.print(f"{domain}, seed {seed}, PT step {training.step}: {np.diff(times).round()} s")
+
+        training.run(look)
+
+
+@app.command()
+def report():
+    """Cosines to the truth, ± s.e. over seeds (for φ of one number: agreeing less disagreeing signs)."""
+    for domain, found in json.loads(RESULTS.read_text()).items():
+        horizons, places = found["plan"]["horizons"], sorted({row["place"] for row in found["rows"]})
+        for head in ("fitted", "trailing"):
+            cells = {}
+            for place in places:
+                for row in (row for row in found["rows"] if row["place"] == place):
+                    for t in horizons:
+                        for each in row["truths"] + row["estimates"]:
+                            if each["of"] == [t, head]:
+                                cells.setdefault(("truth, two draws", "", head), {}).setdefault((place, t), []).append(
+                                    each["between_draws"])  # fmt: skip
+                            elif len(each["of"]) == 3 or each["of"] == [horizons[-1], head]:
+                                name = (
+                                    tuple(each["of"])
+                                    if len(each["of"]) == 3
+                                    else (f"truth, T = {horizons[-1]}", "", head)
+                                )
+                                cells.setdefault(name, {}).setdefault((place, t), []).append(
+                                    each["cosine"][f"{t} {head}"]
+                                )
+            columns = [(place, t) for place in places for t in horizons]
+            rows = [
+                [name, mode, of, *(error(values.get(c, [])) for c in columns)]
+                for (name, mode, of), values in cells.items()
+            ]
+            titles = [f"{100 * place:.0f} %, T = {t}" for place, t in columns]
+            metapt.show_table(console, f"{domain}, truth with head {head}", ["", "L_PT", "head", *titles], rows)
+
+
+def error(values) -> str:
+    mean, stderr = metapt.mean_and_error(values).values() if values else (None, None)
+    return "" if mean is None else f"{mean:.2f}" + ("" if stderr is None else f" ± {stderr:.2f}")
+
+
+if __name__ == "__main__":
+    app()
