@@ -14,7 +14,8 @@ import copy
 import json
 import time
 import warnings
-from itertools import combinations
+from collections import defaultdict
+from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated
 
@@ -31,16 +32,15 @@ from bench.problems import flat, grad, leaves, unflat
 from metapt import Params, Solver, Unroll
 
 RESULTS = Path(__file__).parent / "results" / "horizon.json"
-LABELS, RIDGE = 512, 1e-3  # at most so many examples of FT, and of validation; of fitted heads
-FILES = {name: f"bench/domains/{name}.py" for name in ("ppi", "ecg")}
-USUAL = {"horizons": (5, 20, 100), "draws": 2, "modes": ("training", "evaluation"), "dtype": "float64", "given": {}}
-PLANS = {  # places as shares of the run; `batch`: PT examples of each of the T steps; `damping` of cg
-    "digits-rotation": {**USUAL, "places": (0.1, 0.3, 1), "batch": 256, "damping": 1.0},
-    "digits-noise": {**USUAL, "places": (0.1, 0.3, 1), "batch": 256, "damping": 0.1},
-    "ppi": {**USUAL, "places": (0.2, 1), "batch": 128, "damping": 0.1, "horizons": (5, 50),
-            "given": {"steps": 600, "meta_batch_size": 512}},
-    "ecg": {**USUAL, "places": (0.3, 1), "batch": 64, "damping": 0.1, "horizons": (2, 8), "modes": ("training",),
-            "dtype": "float32", "given": {"steps": 100, "batch_size": 64, "meta_batch_size": 64}},
+LABELS, RIDGE = 300, 1e-3  # at most so many examples of FT, and of validation; of fitted heads
+USUAL = {"draws": 2, "places": (0.3, 1), "modes": ("training", "evaluation"), "dtype": "float64", "given": {}}
+PLANS = {  # places as shares of the run; horizons T, `batch` PT examples a step; damping of cg; length of a move of φ
+    "digits-rotation": {**USUAL, "horizons": (5, 50), "batch": 256, "damping": 1.0, "move": 1.0},
+    "digits-noise": {**USUAL, "horizons": (5, 50), "batch": 256, "damping": 0.1, "move": 0.1, "given": {"steps": 1300}},
+    "ppi": {**USUAL, "horizons": (5, 20), "batch": 128, "damping": 0.1, "move": 3.0,
+            "given": {"steps": 400, "meta_batch_size": 256}},
+    "ecg": {**USUAL, "places": (1,), "horizons": (2, 5), "batch": 64, "damping": 0.1, "move": 0.03, "modes": ("training",),
+            "dtype": "float32", "given": {"steps": 60, "batch_size": 64, "meta_batch_size": 64}},
 }  # fmt: skip
 warnings.filterwarnings("ignore", "‖Hq − v‖")
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -81,37 +81,34 @@ def adam_state(optimizer, parameters) -> dict:
     return {"step": int(states[0]["step"]), **{n: t.to(torch.get_default_dtype()) for n, t in moments.items()}}
 
 
-def reverse(losses, outcome, horizons, norms, theta: Params, phi: Params, state: dict, lr: float) -> dict:
-    """Derivative by φ (flat) of each value of `outcome(theta)` after so many Adam steps: by horizon and name.
-
-    `losses(theta, phi)`, one a step, must draw the same numbers whenever they are called. A step's graph is there only while
-    its adjoint is taken, so that memory does not grow with the steps.
-    """
-    trail, adjoints, unroll = [], {}, Unroll(lr=lr, optimizer="adam")
-
-    def taking(running):  # what follows goes on from these statistics
-        running = leaves(running)
-        for name, norm in norms.items():
-            norm.running = running[name]
-        return running
-
-    def statistics():
-        return {name: norm.running for name, norm in norms.items()}
-
+def forward(losses, norms: dict[str, Norm], theta: Params, phi: Params, state: dict, lr: float) -> list[tuple]:
+    """Adam steps on `losses`, one a step, from θ and statistics to those after it, of which the last are left in `norms`."""
+    trail = []
     for loss in losses:
-        before = leaves(theta), taking(statistics())
-        gradient = grad(loss(before[0], phi), before[0])
-        theta, state = metapt.finetune_step(before[0], gradient, unroll, state)
-        trail.append((loss, *before, state, theta, statistics()))
+        theta, before = leaves(theta), taking(norms, statistics(norms))
+        gradient = grad(loss(theta, phi), theta)
+        after, state = metapt.finetune_step(theta, gradient, Unroll(lr=lr, optimizer="adam"), state)
+        trail.append((loss, theta, before, state, after, taking(norms, statistics(norms))))
+        theta = after
+    return trail
+
+
+def reverse(trail, outcome, horizons, norms: dict[str, Norm], phi: Params, lr: float) -> dict[tuple, Tensor]:
+    """Derivative by φ (flat) of each value of `outcome(theta)` after so many of the steps: by horizon and name.
+
+    Losses must draw the same numbers again. A step's graph is there only while its adjoint is taken, so that memory does
+    not grow with the steps.
+    """
+    adjoints, unroll = {}, Unroll(lr=lr, optimizer="adam")
     for step, (loss, theta, before, state, after, then) in reversed([*enumerate(trail, 1)]):
         if step in horizons:
-            end = leaves(after), taking(then)
+            end = leaves(after), taking(norms, then)
             for name, value in outcome(end[0]).items():
                 by = grad(value, joined(*end), retain_graph=True)
                 adjoints[step, name] = flat(group(by, 0)), group(by, 1), (0.0, 0.0), 0.0
-        phi, running = leaves(phi), taking(before)
+        phi, running = leaves(phi), taking(norms, before)
         gradient = grad(loss(theta, phi), theta, create_graph=True)
-        outputs = {name: t for name, t in (gradient | statistics()).items() if t.requires_grad}
+        outputs = {name: t for name, t in (gradient | statistics(norms)).items() if t.requires_grad}
         for key, (by_theta, by_running, moments, by_phi) in adjoints.items():
             direction, moments = metapt.finetune_step_adjoint(by_theta, moments, flat(gradient).detach(), state, unroll)
             weights = unflat(direction, gradient) | by_running
@@ -120,6 +117,18 @@ def reverse(losses, outcome, horizons, norms, theta: Params, phi: Params, state:
             by_theta, by_phi = by_theta + flat(group(change, 0)), by_phi + flat(group(change, 2))
             adjoints[key] = by_theta, group(change, 1), moments, by_phi
     return {key: by_phi for key, (*_, by_phi) in adjoints.items()}
+
+
+def statistics(norms: dict[str, Norm]) -> Params:
+    return {name: norm.running for name, norm in norms.items()}
+
+
+def taking(norms: dict[str, Norm], running: Params) -> Params:
+    """Leaves of statistics, which what follows goes on from."""
+    running = leaves(running)
+    for name, norm in norms.items():
+        norm.running = running[name]
+    return running
 
 
 def joined(*groups: Params) -> dict[tuple, Tensor]:
@@ -148,30 +157,32 @@ class Heads:
         return self.domain.loss(metapt.call(self.head, psi, hidden), targets)
 
     def fitted(self, theta: Params, psi: Params) -> Tensor:
-        return self.trailing(theta, psi, tuple(self.rows))
+        """With the ridge."""
+        return self.trailing(theta, psi, tuple(self.rows)) + RIDGE / 2 * sum(p.square().sum() for p in psi.values())
 
     @torch.enable_grad()
     def fit(self, theta: Params) -> Params:
-        """ψ where the loss + RIDGE/2·‖ψ‖² is least."""
+        """ψ where that is least."""
         hidden, targets = (t.detach().double() if t.is_floating_point() else t for t in self.hidden(theta, self.rows))
         head = copy.deepcopy(self.head).double()
-        optimizer = torch.optim.LBFGS(
-            head.parameters(), max_iter=200, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
-        )
+        optimizer = torch.optim.LBFGS(head.parameters(), 1, 200, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
 
         def closure():
             optimizer.zero_grad()
             value = self.domain.loss(head(hidden), targets)
-            (value + RIDGE / 2 * sum(p.square().sum() for p in head.parameters())).backward()
-            return value + RIDGE / 2 * sum(p.detach().square().sum() for p in head.parameters())
+            value = value + RIDGE / 2 * sum(p.square().sum() for p in head.parameters())
+            value.backward()
+            return value
 
         optimizer.step(closure)
         return {name: p.to(next(iter(theta.values())).dtype) for name, p in metapt.detached(head).items()}
 
 
-def truth(learner, progress: float, plan: dict, draw: int) -> dict[tuple, Tensor]:
-    """dL_V/dφ by horizon and head, in torch's default dtype: Adam enlarges rounding where the gradient is nil."""
-    dtype, domain, (network, norms) = torch.get_default_dtype(), copy.copy(learner.domain), smooth(learner.network)
+def truth(learner, progress: float, plan: dict, draw: int) -> tuple[dict[tuple, Tensor], float | None]:
+    """dL_V/dφ by horizon and head, in torch's default dtype: Adam enlarges rounding where the gradient is nil. For draw 0
+    also the change of L_V when φ moves along the truth, by what the truth says that it is."""
+    domain, last = copy.copy(learner.domain), max(plan["horizons"])
+    dtype, (network, norms) = torch.get_default_dtype(), smooth(learner.network)
     domain.inputs = lambda *which: x.to(dtype) if isinstance(x := learner.domain.inputs(*which), Tensor) else x
     phi, psi = ({n: p.to(dtype) for n, p in ps.items()} for ps in (metapt.detached(learner.meta), learner.psi))
     heads = Heads(domain, network, learner)
@@ -185,12 +196,21 @@ def truth(learner, progress: float, plan: dict, draw: int) -> dict[tuple, Tensor
 
         return loss
 
-    losses = [step(number, stream.next()) for number in range(max(plan["horizons"]))]
+    def outcome(theta):
+        return {"fitted": heads.fitted(theta, heads.fit(theta)), "trailing": heads.trailing(theta, psi)}
+
+    losses = [step(number, stream.next()) for number in range(last)]
+    theta, start, lr = metapt.detached(network), statistics(norms), learner.settings.lr
     state = adam_state(learner.optimizer, learner.network.parameters())
-    return reverse(
-        losses, lambda theta: {"fitted": heads.fitted(theta, heads.fit(theta)), "trailing": heads.trailing(theta, psi)},
-        plan["horizons"], norms, metapt.detached(network), phi, state, learner.settings.lr,
-    )  # fmt: skip
+    found = reverse(forward(losses, norms, theta, phi, state, lr), outcome, plan["horizons"], norms, phi, lr)
+
+    direction, ends = unflat(F.normalize(found[last, "fitted"], dim=0), phi), []
+    for length in (plan["move"], -plan["move"]) if draw == 0 else ():
+        taking(norms, start)
+        moved = {name: p + length * direction[name] for name, p in phi.items()}
+        ends.append(outcome(forward(losses, norms, theta, moved, state, lr)[-1][4])["fitted"].item())
+    slope = (ends[0] - ends[1]) / (2 * plan["move"] * found[last, "fitted"].norm().item()) if ends else None
+    return found, slope
 
 
 def estimates(learner, progress: float, plan: dict, draw: int) -> dict[tuple, Tensor]:
@@ -246,16 +266,19 @@ def summary(draws: list[dict], references: dict) -> list[dict]:
 @app.command()
 def run(
     domain: Annotated[str, typer.Argument(help=", ".join(PLANS))],
-    seeds: Annotated[int, typer.Option(help="0, 1, …")] = 3,
+    seeds: Annotated[int, typer.Option(help="So many")] = 3,
+    first: Annotated[int, typer.Option(help="The first of them; what was found of others is kept")] = 0,
     data: Annotated[Path, typer.Option(help="Where prepared data lie")] = Path("data"),
 ):
     """PT of each seed; truths and estimates at each place of it."""
     torch.set_num_threads(1)
-    plan, kind = PLANS[domain], metapt.find_domain(FILES.get(domain, domain))
+    plan, kind = PLANS[domain], metapt.find_domain(domain)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    rows = found.setdefault(domain, {})["rows"] = []
-    found[domain] |= {"torch": torch.__version__, "plan": plan}
-    for seed in range(seeds):
+    plan, wanted = json.loads(json.dumps(plan)), range(first, first + seeds)
+    before = found[domain]["rows"] if found.get(domain, {}).get("plan") == plan else []
+    rows = [row for row in before if row["seed"] not in wanted]
+    found[domain] = {"torch": torch.__version__, "plan": plan, "rows": rows}
+    for seed in wanted:
         settings = metapt.settings_of(kind, {**plan["given"], "seed": seed})
         training, left = metapt.Training(kind(settings, torch.device("cpu"), data), learn=True), list(plan["places"])
         training.best.meta_step = lambda progress: None  # φ stays
@@ -266,17 +289,22 @@ def run(
                 progress = max(0.0, (training.step - 1 - settings.warmup) / (settings.steps - settings.warmup))
                 with torch.random.fork_rng():
                     torch.set_default_dtype(getattr(torch, plan["dtype"]))  # of random numbers too
-                    truths = [truth(learner, progress, plan, draw) for draw in range(plan["draws"])]
+                    truths, slopes = zip(
+                        *(truth(learner, progress, plan, draw) for draw in range(plan["draws"])), strict=True
+                    )
                     torch.set_default_dtype(torch.float32)
                     times.append(time.perf_counter())
                     cheap = [estimates(learner, progress, plan, draw) for draw in range(plan["draws"])]
                     times.append(time.perf_counter())
                 means = {key: sum(each[key] for each in truths).double() / len(truths) for key in truths[0]}
                 rows.append({"seed": seed, "place": left.pop(0), "pt_step": training.step, "phi": len(flat(metapt.detached(
-                    learner.meta))), "seconds": np.diff(times).tolist(), "truths": summary(truths, means),
+                    learner.meta))), "seconds": np.diff(times).tolist(), "slope": slopes[0],
+                    "truths": summary(truths, means),
                     "estimates": summary(cheap, means)})  # fmt: skip
                 metapt.save_json(RESULTS, found)
-                console.print(f"{domain}, seed {seed}, PT step {training.step}: {np.diff(times).round()} s")
+                console.print(
+                    f"{domain}, seed {seed}, PT step {training.step}: {np.diff(times).round()} s, slope {slopes[0]:.2f}"
+                )
 
         training.run(look)
 
@@ -285,30 +313,21 @@ def run(
 def report():
     """Cosines to the truth, ± s.e. over seeds (for φ of one number: agreeing less disagreeing signs)."""
     for domain, found in json.loads(RESULTS.read_text()).items():
-        horizons, places = found["plan"]["horizons"], sorted({row["place"] for row in found["rows"]})
+        columns = list(product(sorted({row["place"] for row in found["rows"]}), found["plan"]["horizons"]))
         for head in ("fitted", "trailing"):
-            cells = {}
-            for place in places:
-                for row in (row for row in found["rows"] if row["place"] == place):
-                    for t in horizons:
-                        for each in row["truths"] + row["estimates"]:
-                            if each["of"] == [t, head]:
-                                cells.setdefault(("truth, two draws", "", head), {}).setdefault((place, t), []).append(
-                                    each["between_draws"])  # fmt: skip
-                            elif len(each["of"]) == 3 or each["of"] == [horizons[-1], head]:
-                                name = (
-                                    tuple(each["of"])
-                                    if len(each["of"]) == 3
-                                    else (f"truth, T = {horizons[-1]}", "", head)
-                                )
-                                cells.setdefault(name, {}).setdefault((place, t), []).append(
-                                    each["cosine"][f"{t} {head}"]
-                                )
-            columns = [(place, t) for place in places for t in horizons]
-            rows = [
-                [name, mode, of, *(error(values.get(c, [])) for c in columns)]
-                for (name, mode, of), values in cells.items()
-            ]
+            cells = defaultdict(lambda: defaultdict(list))
+            for row, t in product(found["rows"], found["plan"]["horizons"]):
+                for each in row["truths"] + row["estimates"]:
+                    name = (
+                        tuple(each["of"])
+                        if len(each["of"]) == 3
+                        else (f"truth, T = {each['of'][0]}", "", each["of"][1])
+                    )
+                    cells[name][row["place"], t].append(each["cosine"][f"{t} {head}"])
+                    if each["of"] == [t, head]:
+                        cells["of two draws of the truth", "", ""][row["place"], t].append(each["between_draws"])
+                        cells["change of L_V along it, by what it says", "", ""][row["place"], t].append(row["slope"])
+            rows = [[*name, *(error(values[c]) for c in columns)] for name, values in cells.items()]
             titles = [f"{100 * place:.0f} %, T = {t}" for place, t in columns]
             metapt.show_table(console, f"{domain}, truth with head {head}", ["", "L_PT", "head", *titles], rows)
 

@@ -82,7 +82,8 @@ def test_reverse_is_the_derivative_of_steps_of_torchs_adam():
 
     losses = [lambda theta, phi, batch=batch: loss(copied, theta, phi, batch) for batch in batches]
     state = horizon.adam_state(optimizer, network.parameters())
-    found = horizon.reverse(losses, outcome, range(1, AFTER + 1), norms, metapt.detached(copied), phi, state, LR)
+    trail = horizon.forward(losses, norms, metapt.detached(copied), phi, state, LR)
+    found = horizon.reverse(trail, outcome, range(1, AFTER + 1), norms, phi, LR)
     assert state["step"] == BEFORE and (state["exp_avg_sq"] == 0).any()
     assert set(found) == {(t, name) for t in range(1, AFTER + 1) for name in ("L_V", "twice")}
 
@@ -119,11 +120,8 @@ def test_a_fitted_head_counts_as_constant():
     theta = metapt.detached(learner.network)
     name = next(reversed([name for name in theta if "encoder" in name]))  # the bias of the features
 
-    def value(theta):
-        psi = heads.fit(theta)
-        return heads.fitted(theta, psi) + horizon.RIDGE / 2 * sum(p.square().sum() for p in psi.values())
-
     direct = horizon.grad(heads.fitted(at := horizon.leaves(theta), heads.fit(theta)), at)[name]
     direction = torch.sign(direct)
-    ahead, behind = (value({**theta, name: theta[name] + h * direction}) for h in (1e-4, -1e-4))
+    ahead, behind = ({**theta, name: theta[name] + h * direction} for h in (1e-4, -1e-4))
+    ahead, behind = (heads.fitted(end, heads.fit(end)) for end in (ahead, behind))
     assert ((ahead - behind) / 2e-4).item() == pytest.approx((direct @ direction).item(), rel=1e-3)
