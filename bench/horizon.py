@@ -249,18 +249,30 @@ def estimates(learner, progress: float, plan: dict, draw: int) -> dict[tuple, Te
     return found
 
 
-def summary(draws: list[dict], references: dict) -> list[dict]:
-    """Of each: norm, mean cosine between two draws; of its mean, cosine and ratio to the means of the truths."""
-    rows, cosine = [], lambda a, b: F.cosine_similarity(a.double(), b.double(), 0).item()
-    for key in draws[0]:
-        each = [found[key].double() for found in draws]
-        mean, between = sum(each) / len(each), [cosine(a, b) for a, b in combinations(each, 2)]
-        rows.append({"of": key, "norm": mean.norm().item(), "between_draws": float(np.mean(between)),
-                     "cosine": {" ".join(map(str, k)): cosine(mean, t) for k, t in references.items()},
-                     "ratio": {" ".join(map(str, k)): (mean @ t / (t @ t)).item() for k, t in references.items()}})  # fmt: skip
-        if len(mean) == 1:
-            rows[-1]["values"] = [x.item() for x in each]
-    return rows
+def measure(learner, progress: float, plan: dict) -> dict:
+    """Truths and estimates: norm, mean cosine between two draws; of their means, cosine and ratio to those of the truths."""
+    with torch.random.fork_rng():
+        torch.set_default_dtype(getattr(torch, plan["dtype"]))  # of random numbers too
+        truths, slopes = zip(*(truth(learner, progress, plan, draw) for draw in range(plan["draws"])), strict=True)
+        torch.set_default_dtype(torch.float32)
+        cheap = [estimates(learner, progress, plan, draw) for draw in range(plan["draws"])]
+
+    def mean(draws, key):
+        return sum(found[key].double() for found in draws) / len(draws)
+
+    def cosine(a, b):
+        return F.cosine_similarity(a.double(), b.double(), 0).item()
+
+    row, references = {"slope": slopes[0]}, {f"{t} {head}": mean(truths, (t, head)) for t, head in truths[0]}
+    for name, draws in {"truths": truths, "estimates": cheap}.items():
+        row[name] = [
+            {"of": key, "norm": (ours := mean(draws, key)).norm().item(),
+             "between_draws": float(np.mean([cosine(a[key], b[key]) for a, b in combinations(draws, 2)])),
+             "cosine": {name: cosine(ours, t) for name, t in references.items()},
+             "ratio": {name: (ours @ t / (t @ t)).item() for name, t in references.items()}}
+            for key in draws[0]
+        ]  # fmt: skip
+    return row
 
 
 @app.command()
@@ -272,40 +284,25 @@ def run(
 ):
     """PT of each seed; truths and estimates at each place of it."""
     torch.set_num_threads(1)
-    plan, kind = PLANS[domain], metapt.find_domain(domain)
+    plan, kind, wanted = json.loads(json.dumps(PLANS[domain])), metapt.find_domain(domain), range(first, first + seeds)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    plan, wanted = json.loads(json.dumps(plan)), range(first, first + seeds)
     before = found[domain]["rows"] if found.get(domain, {}).get("plan") == plan else []
     rows = [row for row in before if row["seed"] not in wanted]
     found[domain] = {"torch": torch.__version__, "plan": plan, "rows": rows}
+
+    def look(training):
+        steps, warmup = training.settings.steps, training.settings.warmup
+        while left and training.step >= left[0] * steps:
+            begun, progress = time.perf_counter(), max(0.0, (training.step - 1 - warmup) / (steps - warmup))
+            place = {"seed": training.settings.seed, "place": left.pop(0), "pt_step": training.step}
+            rows.append(place | measure(training.best, progress, plan))
+            metapt.save_json(RESULTS, found)
+            console.print(f"{domain} {place}: {time.perf_counter() - begun:.0f} s")
+
     for seed in wanted:
-        settings = metapt.settings_of(kind, {**plan["given"], "seed": seed})
-        training, left = metapt.Training(kind(settings, torch.device("cpu"), data), learn=True), list(plan["places"])
+        settings, left = metapt.settings_of(kind, {**plan["given"], "seed": seed}), list(plan["places"])
+        training = metapt.Training(kind(settings, torch.device("cpu"), data), learn=True)
         training.best.meta_step = lambda progress: None  # φ stays
-
-        def look(training, seed=seed, left=left, settings=settings):
-            while left and training.step >= left[0] * settings.steps:
-                learner, times = training.best, [time.perf_counter()]
-                progress = max(0.0, (training.step - 1 - settings.warmup) / (settings.steps - settings.warmup))
-                with torch.random.fork_rng():
-                    torch.set_default_dtype(getattr(torch, plan["dtype"]))  # of random numbers too
-                    truths, slopes = zip(
-                        *(truth(learner, progress, plan, draw) for draw in range(plan["draws"])), strict=True
-                    )
-                    torch.set_default_dtype(torch.float32)
-                    times.append(time.perf_counter())
-                    cheap = [estimates(learner, progress, plan, draw) for draw in range(plan["draws"])]
-                    times.append(time.perf_counter())
-                means = {key: sum(each[key] for each in truths).double() / len(truths) for key in truths[0]}
-                rows.append({"seed": seed, "place": left.pop(0), "pt_step": training.step, "phi": len(flat(metapt.detached(
-                    learner.meta))), "seconds": np.diff(times).tolist(), "slope": slopes[0],
-                    "truths": summary(truths, means),
-                    "estimates": summary(cheap, means)})  # fmt: skip
-                metapt.save_json(RESULTS, found)
-                console.print(
-                    f"{domain}, seed {seed}, PT step {training.step}: {np.diff(times).round()} s, slope {slopes[0]:.2f}"
-                )
-
         training.run(look)
 
 
@@ -317,16 +314,15 @@ def report():
         for head in ("fitted", "trailing"):
             cells = defaultdict(lambda: defaultdict(list))
             for row, t in product(found["rows"], found["plan"]["horizons"]):
-                for each in row["truths"] + row["estimates"]:
-                    name = (
-                        tuple(each["of"])
-                        if len(each["of"]) == 3
-                        else (f"truth, T = {each['of'][0]}", "", each["of"][1])
-                    )
-                    cells[name][row["place"], t].append(each["cosine"][f"{t} {head}"])
+                at = row["place"], t
+                for each in row["truths"]:
+                    cells[f"truth, T = {each['of'][0]}", "", each["of"][1]][at].append(each["cosine"][f"{t} {head}"])
                     if each["of"] == [t, head]:
-                        cells["of two draws of the truth", "", ""][row["place"], t].append(each["between_draws"])
-                        cells["change of L_V along it, by what it says", "", ""][row["place"], t].append(row["slope"])
+                        cells["of two draws of the truth", "", ""][at].append(each["between_draws"])
+                    if each["of"] == [t, "fitted"] and t == columns[-1][1]:
+                        cells["L_V's change along it, by what it says", "", ""][at].append(row["slope"])
+                for each in row["estimates"]:
+                    cells[tuple(each["of"])][at].append(each["cosine"][f"{t} {head}"])
             rows = [[*name, *(error(values[c]) for c in columns)] for name, values in cells.items()]
             titles = [f"{100 * place:.0f} %, T = {t}" for place, t in columns]
             metapt.show_table(console, f"{domain}, truth with head {head}", ["", "L_PT", "head", *titles], rows)
