@@ -1,0 +1,335 @@
+"""What learning φ is worth: the test metric after fine-tuning of learned φ, beside default φ, oracle φ and simple rivals.
+
+    python -m bench.worth run digits-noise            an experiment, into bench/results/worth/digits-noise.json as it goes
+    python -m bench.worth report                      table and figure of all that is stored
+
+A seed is that of everything: the parts of the data, θ, batches, FT. Settings were chosen on seeds 0 to 4 (`--seeds 0-4
+--variant NAME --set name=value`); what is reported is of seeds 20 to 29. Every method has the same PT data, the same FT
+and validation labels and the same FT. What is stored is not made again, but with `--again`.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import rich.console
+import torch
+import typer
+from scipy import stats
+
+import metapt
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "worth"
+BASELINES = HERE / "domains" / "ppi_baselines.py"
+console = rich.console.Console(width=140)
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+warnings.filterwarnings("ignore", "‖Hq − v‖")
+
+
+@dataclasses.dataclass
+class Experiment:
+    """What is run: a domain with some settings; FT scopes; methods of `Trial` beside those of all."""
+
+    domain: str
+    given: dict = dataclasses.field(default_factory=dict)
+    scopes: tuple = ("head",)
+    rivals: tuple = ()
+    repeats: int = 2  # FTs of each size, with other examples, heads and batches
+
+    @property
+    def methods(self) -> tuple:
+        return ("none", "default", "learned", "online", "longer", "finetune_alone", *self.rivals)
+
+
+SEARCHED = ("oracle", "search", "search3")
+SHORT = {"steps": 600, "meta_lr": 0.03}
+COTRAINED = ("cotrain", "pcgrad", "cotrain_phi", "cotrain_phi_online")
+EXPERIMENTS = {
+    "digits-noise": Experiment("digits-noise", scopes=("head", "all"), rivals=("oracle",)),
+    "mnist-noise": Experiment("mnist-noise", scopes=("head", "all"), rivals=("oracle",), repeats=1),
+    "digits-rotation": Experiment("digits-rotation", rivals=SEARCHED),
+    "digits-affine": Experiment("digits-affine", rivals=SEARCHED),
+    "ppi": Experiment("ppi", SHORT, rivals=COTRAINED, repeats=1),
+    "ppi-permuted": Experiment("ppi", {**SHORT, "permuted": 0.8}, rivals=("oracle", *COTRAINED), repeats=1),
+    "ppi-permuted-zero-biases": Experiment(
+        "ppi", {**SHORT, "permuted": 0.8, "base_rates": False}, rivals=("oracle", "cotrain"), repeats=1
+    ),
+    "ecg-from-0.5": Experiment("ecg", {"init_scale": 0.5}, rivals=("fixed",)),
+    "ecg-from-3": Experiment("ecg", {"init_scale": 3.0}, rivals=("fixed",)),
+}
+NAMES = {
+    "none": "no PT", "default": "default φ", "learned": "learned φ, PT afresh", "online": "θ of the meta run",
+    "chosen": "what `meta` chooses", "longer": "default φ, PT twice as long", "finetune_alone": "PT on FT data alone",
+    "oracle": "oracle φ", "fixed": "s = 1.5", "search": "random search, equal compute", "search3": "random search, three times that",
+    "cotrain": "CoTrain", "pcgrad": "CoTrain with PCGrad", "cotrain_phi": "CoTrain with φ, PT afresh",
+    "cotrain_phi_online": "CoTrain with φ, θ of that run",
+}  # fmt: skip
+
+
+class Trial:
+    """One seed of an experiment. A method is a function that gives an encoder; some share what others made."""
+
+    def __init__(self, experiment: Experiment, seed: int, given: dict, data: Path, kind=None):
+        self.experiment, self.seed, self.given, self.data = experiment, seed, given, data
+        kind = kind or metapt.find_domain(experiment.domain)
+        settings = metapt.settings_of(kind, {**experiment.given, **given, "seed": seed})
+        torch.set_num_threads(1)
+        self.domain = kind(settings, metapt.pick_device("auto"), data)
+
+    def afresh(self, phi: dict | None, domain=None, **other) -> metapt.Network:
+        plain = copy.copy(domain or self.domain)
+        plain.settings = dataclasses.replace(plain.settings, **other)
+        return metapt.pretrain_afresh(plain, self.seed, phi)
+
+    @functools.cached_property
+    def timed(self):  # the meta run, and its seconds
+        begun = time.perf_counter()
+        best = metapt.Training(self.domain, learn=True).run().best
+        return best, time.perf_counter() - begun
+
+    def none(self):
+        torch.manual_seed(self.seed)
+        return self.domain.network()
+
+    def default(self):
+        return self.afresh(None)
+
+    def learned(self):
+        return self.afresh(self.timed[0].learned().state_dict())
+
+    def online(self):
+        return self.timed[0].network
+
+    def longer(self):
+        return self.afresh(None, steps=2 * self.domain.settings.steps)
+
+    def finetune_alone(self):
+        """Encoder and FT head from scratch on the whole FT set, for as many steps as PT."""
+        domain, settings = self.domain, self.domain.settings
+        torch.manual_seed(self.seed)
+        network, head = domain.network(), domain.head()
+        optimizer = metapt.adam([*network.parameters(), *head.parameters()], settings.lr)
+        batches = metapt.Stream(domain.sizes["finetune"], settings.batch_size, domain.device)
+        for _ in range(settings.steps):
+            loss = domain.finetune_loss(network, head, "finetune", batches.next())
+            optimizer.zero_grad()
+            loss(dict(network.named_parameters()), dict(head.named_parameters())).backward()
+            optimizer.step()
+        return network
+
+    def oracle(self):
+        """φ as it would be with what reports alone may know."""
+        domain = self.domain
+        if isinstance(domain, metapt.DigitsNoise):
+            return self.afresh(None, KnownNoise.of(domain))
+        if hasattr(domain, "permuted"):
+            return self.afresh({"task_logits": torch.where(torch.from_numpy(domain.permuted), -30.0, 0.0)})
+        if isinstance(domain, metapt.DigitsRotation) and not hasattr(domain, "oracle_phi"):
+            return self.afresh({"rotation_mean_deg": torch.tensor(domain.settings.target_deg)})
+        return self.afresh(domain.oracle_phi())
+
+    def fixed(self):
+        """The warp at s = 1.5, which was chosen by looking at these records."""
+        return self.afresh({**self.domain.meta().state_dict(), "warp.scale": torch.tensor(1.5)})
+
+    def search(self, share: float = 1.0):
+        """The best by validation of as many φ, drawn at random, as there is time for in a meta run."""
+        domain, random, spent, found = self.domain, np.random.default_rng(self.seed), 0.0, []
+        while spent < share * self.timed[1]:
+            begun = time.perf_counter()
+            angle = {"rotation_mean_deg": torch.tensor(random.uniform(-180, 180))}
+            network = self.afresh(domain.draw_phi(random) if hasattr(domain, "draw_phi") else angle)
+            outcome = metapt.finetune(domain, network, domain.finetune_sizes[-1], self.seed)
+            found.append((outcome.validation_loss, len(found), network))
+            spent += time.perf_counter() - begun
+        console.print(f"{len(found)} draws")
+        return min(found)[2]
+
+    def search3(self):
+        return self.search(3.0)
+
+    @functools.cache  # noqa: B019 (a trial lives as long as its methods are run)
+    def beside(self, name: str) -> "Trial":  # the same seed of another domain
+        return Trial(self.experiment, self.seed, self.given, self.data, metapt.find_domain(f"{BASELINES}:{name}"))
+
+    def cotrain(self):
+        return self.beside("CoTrain").default()
+
+    def pcgrad(self):
+        return self.beside("PCGrad").default()
+
+    def cotrain_phi(self):
+        return self.beside("WeightedCoTrain").learned()
+
+    def cotrain_phi_online(self):
+        return self.beside("WeightedCoTrain").online()
+
+
+class KnownNoise(metapt.DigitsNoise):
+    """Weight 1 for PT examples with the right label, 0 for those with a wrong one."""
+
+    @classmethod
+    def of(cls, domain):
+        known = copy.copy(domain)
+        known.__class__ = type("KnownNoise", (cls, type(domain)), {})
+        return known
+
+    def weigh(self, meta, phi, index, live):
+        return 0 * super().weigh(meta, phi, index, live) + (~self.noisy).to(index.device)[index]
+
+
+def measured(trial: Trial, network) -> list[dict]:
+    """A row for each scope and size of the FT set."""
+    rows, experiment = [], trial.experiment
+    for scope in experiment.scopes:
+        domain = copy.copy(trial.domain)
+        domain.settings = dataclasses.replace(domain.settings, measure_scope=scope, measure_lr=None)
+        for n in domain.finetune_sizes:
+            outcomes = [metapt.finetune(domain, network, n, 1000 * trial.seed + r) for r in range(experiment.repeats)]
+            part = next(iter(domain.tests))
+            rows.append({"scope": scope, "ft_examples": n, "score": float(np.mean([o.scores[part] for o in outcomes]))})
+    return rows
+
+
+def number_or_text(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Argument(help=", ".join(EXPERIMENTS))],
+    seeds: Annotated[str, typer.Option(help="From-to")] = "20-29",
+    methods: Annotated[str, typer.Option(help="These, with commas between; nothing: all of the experiment")] = "",
+    variant: Annotated[str, typer.Option(help="A name for other settings")] = "",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="name=value: such a setting")] = None,
+    again: Annotated[bool, typer.Option(help="Make what is stored anew")] = False,
+    data: Annotated[Path, typer.Option(help="Where prepared data lie")] = Path("data"),
+    out: Annotated[Path, typer.Option(help="Where results are kept")] = RESULTS,
+):
+    """The methods of one experiment, by seed."""
+    experiment, path = EXPERIMENTS[name], out / f"{name}{'-' + variant if variant else ''}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    given = {k: number_or_text(v) for k, _, v in (pair.partition("=") for pair in set_ or [])}
+    first, _, last = seeds.partition("-")
+    for seed in range(int(first), int(last or first) + 1):
+        trial = None
+        for method in methods.split(",") if methods else experiment.methods:
+            if not again and any((row["seed"], row["method"]) == (seed, method) for row in rows):
+                continue
+            trial = trial or Trial(experiment, seed, given, data)
+            begun = time.perf_counter()
+            network = getattr(trial, method)()
+            about = {"seed": seed, "method": method, "seconds": round(time.perf_counter() - begun, 1)}
+            if method == "learned":
+                about["phi"] = trial.domain.measure(trial.timed[0].learned())
+            if method in ("default", "learned", "online"):  # what `meta` chooses by
+                about["held"] = metapt.held_score(trial.domain, network, trial.domain.finetune_sizes[-1], seed)
+            rows = [row for row in rows if (row["seed"], row["method"]) != (seed, method)]
+            rows += [{**about, **row} for row in measured(trial, network)]
+            out.mkdir(parents=True, exist_ok=True)
+            metapt.save_json(path, {"torch": torch.__version__, "given": given, "rows": rows})
+            scores = [
+                f"{r['scope']} {r['ft_examples']}: {100 * r['score']:.1f}" for r in rows if about.items() <= r.items()
+            ]
+            console.print(f"{name} seed {seed} {method}, {about['seconds']} s: {', '.join(scores)}", highlight=False)
+
+
+def interval(values) -> tuple[float, float]:  # the mean, and half of its 95 % interval (Student's t)
+    values = np.asarray(values)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def by_method(rows: list[dict]) -> dict[str, dict[int, dict]]:
+    """Scores in %: method → seed → {(scope, FT examples): score}; with what `meta` chooses, by what it chooses by."""
+    found, held = {}, {}
+    for row in rows:
+        cell = row["scope"], row["ft_examples"]
+        found.setdefault(row["method"], {}).setdefault(row["seed"], {})[cell] = 100 * row["score"]
+        if "held" in row:
+            held.setdefault(row["seed"], {})[row["method"]] = row["held"]
+    choices = {seed: max(scores, key=scores.get) for seed, scores in held.items() if len(scores) == 3}
+    if choices:
+        found["chosen"] = {seed: found[method][seed] for seed, method in choices.items()}
+    return found
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """By method: the mean of each cell, the gain on default φ (all cells together, paired by seed), its share of oracle's."""
+    found, lines = by_method(rows), []
+    mean = {method: {seed: np.mean(list(cells.values())) for seed, cells in of.items()} for method, of in found.items()}
+    for method in [m for m in NAMES if m in found]:
+        seeds = sorted(set(mean[method]) & set(mean["default"]))
+        gains = [mean[method][seed] - mean["default"][seed] for seed in seeds]
+        gap = [mean["oracle"][seed] - mean["default"][seed] for seed in seeds if seed in mean.get("oracle", {})]
+        cells = next(iter(found[method].values()))
+        seconds = [row["seconds"] for row in rows if row["method"] == method]
+        lines.append({"method": method, "seeds": len(seeds), "cells": {
+            cell: np.mean([found[method][seed][cell] for seed in seeds]) for cell in cells},
+            "mean": np.mean([mean[method][seed] for seed in seeds]), "gain": interval(gains), "worst": min(gains),
+            "share": sum(gains) / sum(gap) if len(gap) == len(gains) and sum(gap) > 0 else None,
+            "seconds": np.mean(seconds) if seconds else None})  # fmt: skip
+    return lines
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Where results are kept")] = RESULTS,
+    variants: Annotated[bool, typer.Option(help="Also what was tried in choosing")] = False,
+):
+    """Tables by experiment, and bench/figures/worth.png."""
+    figures = {}
+    for path in sorted(out.glob("*.json")):
+        if path.stem not in EXPERIMENTS and not variants:
+            continue
+        lines = summary(json.loads(path.read_text())["rows"])
+        if path.stem in EXPERIMENTS:
+            figures[path.stem] = lines
+        cells = list(lines[0]["cells"])
+        columns = [
+            "",
+            "seeds",
+            *(f"{scope} {n}" for scope, n in cells),
+            "mean",
+            "to default φ",
+            "worst seed",
+            "of the gap",
+            "s",
+        ]
+        table = [[NAMES[line["method"]], str(line["seeds"]), *(f"{line['cells'][cell]:.1f}" for cell in cells),
+                  f"{line['mean']:.1f}", f"{line['gain'][0]:+.1f} ± {line['gain'][1]:.1f}", f"{line['worst']:+.1f}",
+                  "–" if line["share"] is None else f"{100 * line['share']:.0f} %",
+                  "–" if line["seconds"] is None else f"{line['seconds']:.0f}"] for line in lines]  # fmt: skip
+        metapt.show_table(console, f"{path.stem} (test, %; gains with 95 % intervals)", columns, table)
+
+    def draw(figure):
+        figure.set_size_inches(7, 3.2)
+        axes = np.atleast_1d(figure.subplots(1, len(figures)))
+        for axis, (name, lines) in zip(axes, figures.items(), strict=True):
+            lines = [line for line in lines if line["method"] not in ("none", "default", "finetune_alone")]
+            means, halves = zip(*(line["gain"] for line in lines), strict=True)
+            axis.errorbar(means, range(len(lines)), xerr=halves, fmt="o", ms=3, capsize=2)
+            axis.axvline(0, color="0.6", lw=0.6)
+            axis.set_yticks(range(len(lines)), [NAMES[line["method"]] for line in lines], fontsize=5)
+            axis.set_title(name, fontsize=7)
+            axis.invert_yaxis()
+        figure.supxlabel("points gained on default φ (95 % intervals)", fontsize=7)
+
+    if figures:
+        metapt.save_figure(HERE / "figures" / "worth.png", draw)
+
+
+if __name__ == "__main__":
+    app()
