@@ -12,12 +12,14 @@ import collections
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -212,13 +214,15 @@ def outcome_of(home: Path, clean: dict, name: str, draw: random.Random) -> tuple
         return REFUSED if status else SAME if same else OTHER, done
 
 
-def main(cases: int = 1000, seed: int = 0, only: int | None = None):
-    """Spoils files at random, and prints a table of what came of it."""
+def main(cases: int = 1000, seed: int = 0, only: int | None = None, minutes: float = math.inf):
+    """Spoils files at random, and prints a table of what came of it; after so many minutes, of what there is by then."""
     torch.set_num_threads(1)
-    table, failed = collections.Counter(), False
+    table, failed, end = collections.Counter(), False, time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as home, contextlib.redirect_stdout(sys.stderr):
         clean = prepare(home := Path(home))
         for number in range(cases) if only is None else [only]:
+            if time.monotonic() > end:
+                break
             name = list(KINDS)[number % len(KINDS)]
             outcome, done = outcome_of(home, clean, name, random.Random(f"{seed} {number}"))
             table[name, outcome] += 1
