@@ -886,7 +886,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         parts = ("validation",) if self.settings.validate_on == "validation" else ("finetune", "validation")
         batches = {part: self.streams[part].next() for part in parts}
         losses = [self.domain.finetune_loss(self.network, self.head, part, i) for part, i in batches.items()]
-        shares = [len(i) / sum(map(len, batches.values())) for i in batches.values()]
+        shares = [self.streams[part].n / sum(self.streams[each].n for each in parts) for part in parts]
         return lambda theta, psi: sum(share * loss(theta, psi) for share, loss in zip(shares, losses, strict=True))
 
     def meta_step(self, progress: float) -> None:  # one step on φ, which stays where no hypergradient is finite
@@ -1360,7 +1360,7 @@ class DigitsNoise(Images):
         noise: float = option(0.5, "Share of the PT examples with a wrong label", check=BELOW_1, data=True)
 
     captions: ClassVar = {"clean_to_noisy_weight_ratio": "weight of clean / of noisy examples"}
-    presets: ClassVar = {"paper": {**PUBLISHED, "dropout": 0.0}}
+    presets: ClassVar = {"paper": {**PUBLISHED, "dropout": 0.0, "phi_dropout": 0.0}}
 
     def __init__(self, settings, device, data):
         super().__init__(settings, device, data)
@@ -1937,13 +1937,14 @@ def train(command: str, kind: type[Domain], ask) -> None:  # `pretrain` and `met
     if learn:
         methods["default_phi"] = lambda seed: pretrain_afresh(domain, seed, None)
         methods["learned_phi"] = lambda seed: pretrain_afresh(domain, seed, learned.state_dict())
-        lines += [f"(φ was learned with {domain.finetune_limits()[1]} examples' FT labels)"] * (settings.compare > 0)
+        labels = domain.finetune_limits()[1] - held_out(domain)
+        lines += [f"(φ was learned with {labels} examples' FT labels)"] * (settings.compare > 0)
     methods["online" if learn else "learned_phi" if run.config()["phi"] else "default_phi"] = lambda _: learner.network
     if settings.compare:
         methods = {name: functools.cache(network_of) for name, network_of in methods.items()}
         with progress_bar(console, "comparing", settings.compare * (len(methods) + learn * (len(methods) - 1))) as bar:
             results = compare(domain, methods, sizes, settings.compare, bar)
-            found, line = choose(domain, methods, sizes[-1], bar) if learn else ({}, None)
+            found, line = choose(domain, methods, domain.finetune_limits()[1], bar) if learn else ({}, None)
         summary |= {"comparison": comparison_rows(domain, results), **found}
         lines += [line] if line else []
     conclude(command, domain, run, summary, ask, lines, run_figures(domain, learner, run.history()))
@@ -1957,11 +1958,14 @@ def choose(domain: Domain, methods: dict, examples: int, advance) -> tuple[dict,
         advance()
     gains = {method: mean_and_error(np.subtract(scores, held["default_phi"])) for method, scores in held.items()}
     chosen = max(gains, key=lambda method: gains[method]["mean"] or 0.0)  # the default where there is nothing in it
-    best = max(("learned_phi", "online"), key=lambda method: gains[method]["mean"] or -math.inf)
-    mean, error = (math.nan if value is None else 100 * value for value in gains[best].values())
+    best = max(("learned_phi", "online"), key=lambda m: -math.inf if (g := gains[m]["mean"]) is None else g)
+    mean, error = gains[best].values()
+    points = ("an unknown number of" if mean is None else f"{100 * mean:+.1f}") + (
+        "" if error is None else f" ± {100 * error:.1f}")  # fmt: skip
     name = {"learned_phi": "the learned φ", "online": "the θ of this run"}[best]
+    labels = "FT labels that neither φ nor FT had" if held_out(domain) else "FT labels that FT had not, though φ had"
     verdict = "not worth it here: keep the default φ" if chosen == "default_phi" else "keep it"
-    line = f"{name} is worth {mean:+.1f} ± {error:.1f} points on FT labels that FT did not get: {verdict}"
+    line = f"{name} is worth {points} points on {labels}: {verdict}"
     return {"chosen": chosen, "held_score": {method: mean_and_error(scores) for method, scores in held.items()}}, line
 
 
@@ -1969,6 +1973,8 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
     """A new run and its training; or, with --resume, those of an earlier one at its last checkpoint."""
     if ask.use not in ("chosen", "learned"):
         raise BadInput(f"--use is {ask.use!r}, expected chosen or learned")
+    if ask.use != "chosen" and not (ask.phi or ask.resume):
+        raise BadInput("--use says which φ of --phi: name a run")
     if not ask.resume:
         domain = kind(settings_of(kind, ask.given, ask.preset), pick_device(ask.device), ask.data)
         config = {"command": command, **identity(kind), "phi": str(ask.phi.resolve()) if ask.phi else None,

@@ -24,7 +24,10 @@ class CoTrain(PPI):
     def __init__(self, settings, device, data):
         super().__init__(settings, device, data)
         self.labelled = torch.zeros_like(self.graphs.sizes, dtype=torch.bool)
-        rows = self.rows["finetune"][: self.access["finetune"]]
+        known = min(
+            self.access["finetune"], self.sizes["finetune"] - metapt.held_out(self)
+        )  # not what `meta` chooses by
+        rows = self.rows["finetune"][:known]
         self.labelled[rows] = True
         self.outputs += len(self.seen)
         self.rates = torch.cat([self.rates, self.term_rates(rows, self.seen_tasks)])
