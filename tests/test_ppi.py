@@ -538,7 +538,7 @@ def test_pretrain_finetune_and_eval(run, tmp_path):
         summary = summary_of(home, "pretrain", f"{BASELINES}:{name}", "--out", tmp_path / name, *PRETRAIN)
         assert summary["pt_steps"] == 24
         assert {row["method"] for row in summary["comparison"]} == {"no_pretraining", "default_phi"}
-    summary = summary_of(home, "pretrain", "ppi", "--phi", "run", "--out", tmp_path / "phi", *PRETRAIN)
+    summary = summary_of(home, "pretrain", "ppi", "--phi", "run", "--use=learned", "--out", tmp_path / "phi", *PRETRAIN)
     assert {row["method"] for row in summary["comparison"]} == {"no_pretraining", "learned_phi"}
     given = ("--compare", 1, "--measure-steps", 10, "--sizes", "30")
     summary = summary_of(home, "finetune", "run", *given, "--out", tmp_path / "ft")
