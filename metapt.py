@@ -775,10 +775,16 @@ def as_written(stored, expected, key: str = ""):
         right = right and stored.isfinite().all()
     elif isinstance(expected, type | UnionType):
         right = type(stored) in (get_args(expected) or (expected,))
+    elif callable(expected):
+        try:
+            right = expected(stored)
+        except ValueError as error:
+            raise ValueError(f"{key}{error}") from None
     else:
-        right = expected(stored) if callable(expected) else type(stored) is type(expected) and stored == expected
+        right = type(stored) is type(expected) and stored == expected
     if not right:
-        raise ValueError(f"{key.removesuffix('.') or 'it'} is {found or reprlib.repr(stored)}")
+        found = found or ("another tensor" if isinstance(stored, Tensor) else reprlib.repr(stored))
+        raise ValueError(f"{key.removesuffix('.') or 'it'} is {found}")
     return stored
 
 
@@ -944,6 +950,36 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
             stream.order, stream.position = state["streams"][name]
 
 
+def finite(value) -> bool:
+    return type(value) is float and math.isfinite(value)
+
+
+def alike(expected: Tensor):  # predicates for `as_written`: a tensor of the same dtype and shape
+    return lambda t: isinstance(t, Tensor) and (t.dtype, t.shape) == (expected.dtype, expected.shape)
+
+
+def empty_or(expected: dict):
+    return lambda stored: type(stored) is dict and (not stored or as_written(stored, expected) is stored)
+
+
+def permutation(n: int):
+    numbers = torch.arange(n)
+    return lambda order: alike(numbers)(order) and torch.equal(order.sort()[0], numbers)
+
+
+def moments_written(state) -> bool:  # of `finetune_step`; it checks their number itself
+    vector = lambda t: isinstance(t, Tensor) and t.dim() == 1 and bool(t.isfinite().all())
+    return empty_or({"step": whole(), "exp_avg": vector, "exp_avg_sq": vector})(state)
+
+
+def adam_written(optimizer: torch.optim.Optimizer) -> dict:
+    groups = [group | {"lr": finite} for group in optimizer.state_dict()["param_groups"]]
+    parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    step = lambda t: isinstance(t, Tensor) and t.dim() == 0 and bool(t >= 0)
+    of = {i: {"step": step, "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(parameters)}
+    return {"param_groups": groups, "state": empty_or(of)}
+
+
 class Training:
     """Algorithm 1, or PT alone with φ fixed (`learn` is False); BadInput where the domain cannot be trained.
     `phi` is what φ begins with, as a state dict; None: the domain's default."""
@@ -1004,13 +1040,20 @@ class Training:
         return state | {"step": self.step, "seconds": self.seconds, "random": torch.get_rng_state(),
                         "cuda_random": torch.cuda.get_rng_state_all()}  # fmt: skip
 
-    def written(self) -> dict:  # what `state_dict` can give, for `as_written`; optimisers check what they carry
-        known = self.state_dict() | {"step": whole(0, self.settings.steps), "seconds": float, "cuda_random": list}
+    def written(self) -> dict:  # what `state_dict` can give, for `as_written`
+        known = self.state_dict() | {"step": whole(0, self.settings.steps), "seconds": finite, "cuda_random": list}
         for learner, ours in zip(self.learners, known["learners"], strict=True):
-            ours |= dict.fromkeys(("optimizer", "meta_optimizer", "ft_state", "head_state", "average"), dict)
+            for name in ("network", "meta"):  # a buffer may hold what is not finite, such as a mask
+                masks = [key for key, b in getattr(learner, name).named_buffers() if not b.isfinite().all()]
+                ours[name] |= {key: alike(ours[name][key]) for key in masks if key in ours[name]}
+            ours |= {name: adam_written(getattr(learner, name)) for name in ("optimizer", "meta_optimizer")}
+            ours |= dict.fromkeys(("ft_state", "head_state"), moments_written)
             ours |= dict.fromkeys(("averaged", "skipped", "skipped_in_a_row", "meta_steps", "number"), whole())
-            ours |= {"recent": list, "losses": dict.fromkeys(learner.losses, float),
-                     "streams": {n: [stream.order, whole(0, stream.n)] for n, stream in learner.streams.items()}}  # fmt: skip
+            ours |= {"recent": lambda losses: type(losses) is list and all(map(finite, losses)) and len(losses) <= 10,
+                     "losses": dict.fromkeys(learner.losses, float),
+                     "average": empty_or(dict(learner.meta.named_parameters())),
+                     "streams": {n: [permutation(stream.n), whole(0, stream.n)]
+                                 for n, stream in learner.streams.items()}}  # fmt: skip
         return known
 
     def load_state_dict(self, state: dict) -> None:  # ValueError, which names the key: no state of such a training
@@ -1020,7 +1063,10 @@ class Training:
         for learner, saved in zip(self.learners, state["learners"], strict=True):
             learner.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
-        torch.set_rng_state(state["random"].cpu())
+        try:
+            torch.set_rng_state(state["random"].cpu())
+        except RuntimeError:
+            raise ValueError("random is no state of the generator") from None
         torch.cuda.set_rng_state_all([random.cpu() for random in state["cuda_random"][: torch.cuda.device_count()]])
 
 
@@ -1499,9 +1545,13 @@ def save_json(path: Path, content) -> None:
 
 
 def run_around(path: Path) -> Path | None:  # the run that a path lies in, through links too
-    for config in [folder / "config.json" for folder in path.resolve().parents]:
-        if config.is_file() and b'"format": "metapt ' in config.read_bytes():
-            return config.parent
+    for folder in path.resolve().parents:
+        with contextlib.suppress(OSError):
+            config = folder / "config.json"
+            if config.is_file() and re.search(rb'"format":\s*"metapt ', config.read_bytes()):
+                return folder
+            if all((folder / name).exists() for name in ("checkpoint.pt", "metrics.jsonl")):  # its config.json is lost
+                return folder
     return None
 
 
@@ -1523,16 +1573,21 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"{folder} cannot be made: {error.strerror}") from None
-        (run := cls(folder)).lock(held)
-        # A run that was killed before it had its config.json is begun anew.
-        if any(path.name != LOCK for path in folder.iterdir()):
-            raise BadInput(f"{folder} is not empty: name another --out, or go on with --resume {folder}")
+        run = cls(folder)
+        for locked in (False, True):  # nothing of the user's is touched; what another process began meanwhile is seen
+            # A run that was killed before it had its config.json is begun anew.
+            begun = [path for path in folder.iterdir() if path.name.startswith(".metapt-config.json-")]
+            if any(path.name != LOCK and path not in begun for path in folder.iterdir()):
+                raise BadInput(f"{folder} is not empty: name another --out, or go on with --resume {folder}")
+            if not locked:
+                run.lock(held)
+        for path in begun:
+            path.unlink()
         save_json(run.started, {"format": FORMAT, **config})
         return run
 
     def lock(self, held: contextlib.ExitStack) -> None:
-        """Keeps other processes from the run until `held` is closed or the process is killed, and puts right what one
-        left that was killed. BadInput: another process has it."""
+        """Keeps other processes from the run until `held` is closed or the process is killed. BadInput: one has it."""
         path, flags = self.folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         file = held.enter_context(os.fdopen(os.open(path, flags, 0o644), "rb", 0))
         try:
@@ -1548,6 +1603,8 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
         held.callback(path.unlink, missing_ok=True)
         with contextlib.suppress(OSError):  # on a full disk it is held all the same
             path.write_text(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+
+    def put_right(self) -> None:  # what a process left that was killed; only of a run that is locked
         for left in self.folder.glob(".metapt-*"):
             left.unlink()
         if self.earlier.exists() and not self.saved.exists():  # killed between two renames
@@ -1607,7 +1664,7 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
         for number, line in enumerate(lines, 1):
             with refusing(f"{self.metrics}: line {number} is no row of metrics", (*UNREADABLE, TypeError)):
                 rows.append(dict(json.loads(line)))
-                known = dict.fromkeys(rows[0], int | float | None) | {"step": whole(), "particle": whole()}
+                known = dict.fromkeys(rows[-1], int | float | bool | None) | {"step": whole(), "particle": whole()}
                 as_written(rows[-1], known)
         return rows
 
@@ -1687,7 +1744,9 @@ def draw_phi(figure, history: list[dict], survivor: int, domain: Domain, name: s
     axis = figure.subplots()
     others = sorted({row["particle"] for row in history} - {survivor})
     for particle in [*others, survivor]:
-        points = [(row["step"], row[name]) for row in history if row["particle"] == particle and row[name] is not None]
+        points = [
+            (row["step"], row[name]) for row in history if row["particle"] == particle and row.get(name) is not None
+        ]
         color, label = ("C0", "learned φ") if particle == survivor else ("0.8", "other particles")
         axis.plot(*zip(*points, strict=True), color=color, label=label if particle in (survivor, *others[:1]) else None)
     axis.set(xlabel="PT steps", ylabel=domain.captions.get(name, name))
@@ -1987,6 +2046,7 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
         if config["command"] != command:
             raise BadInput(f"{ask.resume} is a run of {config['command']}: resume it with that command")
         run.lock(ask.held)
+        run.put_right()
         content = run.checkpoint() if run.saved.exists() else None
         device = "cpu" if config["device"] == "cpu" and ask.device == "auto" else ask.device  # for the same numbers
         domain = reopened(run, ask.domain, {}, device, ask)
@@ -2035,8 +2095,11 @@ def phi_of(folder: Path, config: dict, domain: Domain, console) -> dict:  # that
 def worth_it(folder: Path) -> bool:  # whether a run of `meta` chose what it learned, or did not choose
     if not (path := folder / "summary.json").exists():
         return True
-    with refusing(f"{path} cannot be read"):
-        return json.loads(path.read_text())["chosen"] != "default_phi"
+    known = None, "default_phi", "learned_phi", "online"
+    with refusing(f"{path} cannot be read", (*UNREADABLE, TypeError)):
+        summary = as_written(json.loads(path.read_text()), dict)
+        as_written(summary.get("chosen"), lambda chosen: chosen in known, "chosen.")
+    return summary.get("chosen") != "default_phi"
 
 
 def follow(training: Training, run: Run, console) -> None:  # with bar, metrics, checkpoints; Ctrl-C saves one

@@ -3,8 +3,6 @@
     python -m bench.digits rotation     where φ ends from 60° below the target, or from starts on both sides
     python -m bench.digits anywhere     from ten starts around the circle with that preset, and without each of its aids
     python -m bench.digits search       random search for the compute of a meta run
-    python -m bench.digits noise        the weight of clean over the weight of noisy examples, by seed
-    python -m bench.digits ablation     what decay of φ's rate and averaging of φ are worth in digits-noise
     python -m bench.digits bytes        bytes saved for backward by one hypergradient, against one PT step
 
 Each writes what it found to bench/results/NAME.json as it goes; the first two also draw bench/figures/NAME.png.
@@ -20,7 +18,6 @@ import numpy as np
 import rich.console
 import torch
 import typer
-from scipy import stats
 
 import metapt
 from bench.counting import peak
@@ -29,7 +26,7 @@ HERE = Path(__file__).parent
 warnings.filterwarnings("ignore", "‖Hq − v‖")
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = rich.console.Console()
-First = Annotated[int, typer.Option(help="The first seed; settings were chosen on 0 to 29, but of noise on 0 to 4")]
+First = Annotated[int, typer.Option(help="The first seed; settings were chosen on 0 to 29")]
 Domain = Annotated[str, typer.Option(help="digits-… or mnist-…")]
 
 
@@ -171,55 +168,6 @@ def search(
         mean, stderr = 100 * np.mean(scores), 100 * np.std(scores, ddof=1) / np.sqrt(seeds)
         console.print(f"{len(networks)} draws, {n} FT examples: {mean:.1f} ± {stderr:.1f} %")
     keep(f"{domain}-search-{share:g}", rows)
-
-
-@app.command()
-def noise(
-    domain: Domain = "digits-noise",
-    seeds: Annotated[int, typer.Option(help="How many")] = 5,
-    first: First = 0,
-):
-    """The ratio of mean weights, by seed."""
-    rows = []
-    for seed in range(first, first + seeds):
-        begun, made = time.perf_counter(), make(domain, {"seed": seed})
-        training = metapt.Training(made, learn=True).run()
-        rows.append({"seed": seed, **made.facts(training.best.learned()), "seconds": time.perf_counter() - begun})
-        console.print(rows[-1])
-        keep(f"{domain}-from-{first}" if first else domain, rows)
-
-
-@app.command()
-def ablation(
-    seeds: Annotated[int, typer.Option(help="How many, from 0")] = 10,
-    again: Annotated[bool, typer.Option(help="Run; without it, only the table of what is stored")] = False,
-):
-    """digits-noise as it is, against φ neither averaged nor learned at a falling rate: test accuracy after FT."""
-    variants = {"as it is": {}, "neither": {"average": 0.0, "meta_lr_decay": 1.0}}
-    path, rows = HERE / "results" / "digits-noise-ablation.json", []
-    for seed in range(seeds if again else 0):
-        for variant, given in variants.items():
-            made = make("digits-noise", {**given, "seed": seed})
-            best = metapt.Training(made, learn=True).run().best
-            phi = best.learned().state_dict()
-            methods = {"default_phi": lambda seed, made=made: metapt.pretrain_afresh(made, seed, None),
-                       "learned_phi": lambda seed, made=made, phi=phi: metapt.pretrain_afresh(made, seed, phi),
-                       "online": lambda seed, best=best: best.network}  # fmt: skip
-            results = metapt.compare(made, methods, made.finetune_sizes, 1, lambda: None)
-            for (method, n), (outcome,) in results.items():
-                rows.append({"seed": seed, "variant": variant, "method": method, "ft_examples": n,
-                             "accuracy": outcome.scores["test"]})  # fmt: skip
-            keep("digits-noise-ablation", rows)
-    rows, cells = json.loads(path.read_text())["rows"], []
-    for method, n in dict.fromkeys((row["method"], row["ft_examples"]) for row in rows):
-        of = {v: np.array([100 * row["accuracy"] for row in rows
-                           if (row["variant"], row["method"], row["ft_examples"]) == (v, method, n)]) for v in variants}  # fmt: skip
-        gains = of["neither"] - of["as it is"]
-        half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
-        cells.append([method, str(n), f"{of['as it is'].mean():.1f}", f"{of['neither'].mean():.1f}",
-                      f"{gains.mean():+.1f} ± {half:.1f}", f"{gains.min():+.1f}"])  # fmt: skip
-    columns = ["", "FT examples", *variants, "difference, 95 %", "worst seed"]
-    metapt.show_table(console, f"digits-noise, {len(gains)} seeds: test accuracy (%)", columns, cells)
 
 
 @app.command(name="bytes")

@@ -100,7 +100,14 @@ CHECKPOINT = [
         ("recent", None), ("skipped", "0"), ("meta_steps", -1), ("number", None), ("losses", {}), ("losses/residual", "x"),
         ("losses/more", 1.0), ("streams", {}), ("streams/meta/1", 99_999), ("streams/meta/1", -1), ("streams/meta/1", "0"),
         ("streams/pretrain/0", OTHER), ("streams/pretrain/0", lambda it: it.float()), ("streams/pretrain", lambda it: it[:1]),
-        ("colour", 1)])]  # fmt: skip
+        ("colour", 1)]),
+    *((f"learners/0/optimizer/{name}", value) for name, value in [
+        ("param_groups/0/betas", NONE), ("param_groups/0/lr", NAN), ("param_groups/0/lr", "x"), ("state/0/exp_avg", torch.ones(3, 3)),
+        ("state/0/step", torch.tensor(-5.0)), ("state/0/exp_avg_sq", lambda t: t * NAN), ("state/0/exp_avg", NONE)]),
+    ("learners/0/optimizer", {}), ("learners/0/meta_optimizer/param_groups/0/initial_lr", "x"), ("learners/0/ft_state", {"a": 1}),
+    ("learners/0/average", {"a": torch.ones(1)}), ("learners/0/recent", ["x"]), ("random", lambda t: t * 0 + 255),
+    ("learners/0/streams/pretrain/0", lambda t: t * 0 + 1), ("learners/0/streams/pretrain/0", lambda t: t + 10**9),
+]  # fmt: skip
 
 
 def in_lists(content):
@@ -123,6 +130,62 @@ def test_an_altered_checkpoint_is_refused_by_its_key(path, value, run, tmp_path)
     if "network" in path:
         assert "checkpoint.pt holds no encoder" in refused(tmp_path, "finetune", "run", *MEASURE)
     assert contents(run) == before and set(os.listdir(tmp_path)) == {"run"}
+
+
+def test_a_folder_of_the_users_is_not_touched(tmp_path):
+    (mine := tmp_path / "mine").mkdir()
+    files = {".metapt-notes.txt": b"mine", "checkpoint.previous.pt": b"too"}
+    for name, content in files.items():
+        (mine / name).write_bytes(content)
+    toy_file(tmp_path / "toy.py")
+    assert "is not empty" in refused(tmp_path, "meta", "toy.py", "--out=mine", *QUICK)
+    assert contents(mine) == files
+
+
+def test_what_a_domain_may_measure_and_keep_is_no_fault(tmp_path):
+    """A figure that comes later and is a bool, and a buffer that is not finite."""
+    toy_file(
+        tmp_path / "toy.py",
+        """
+
+class Masked(Toy):
+    def network(self):
+        network = super().network()
+        network.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+        return network
+
+    def measure(self, meta):
+        self.calls = getattr(self, "calls", 0) + 1
+        return {"weight": 1.0} | ({"converged": False} if self.calls > 2 else {})
+""",
+    )
+    code, _, err = main_in(tmp_path, "meta", "toy.py:Masked", "--out=run", *QUICK)
+    assert code == 0, err
+    assert main_in(tmp_path, "meta", "--resume=run")[0] == 0
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"chosen": 3}', "{"])
+def test_a_damaged_summary_is_refused_or_without_a_choice(content, run, tmp_path):
+    (run / "summary.json").write_text(content)
+    toy_file(tmp_path / "toy.py")
+    rewrite(run, lambda config: config.update(domain=f"{tmp_path / 'toy.py'}:Toy"))
+    arguments = ("pretrain", "toy.py", "--phi=run", "--compare=0", "--out=afresh")
+    if content == "{}":  # as without a comparison
+        assert main_in(tmp_path, *arguments)[0] == 0
+    else:
+        assert "summary.json cannot be read" in refused(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize("lost", ["minified", "removed"])
+def test_a_file_of_a_run_is_kept_also_where_its_config_is_not_as_written(lost, home, run, tmp_path):
+    config = run / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()), separators=(",", ":"))
+    ) if lost == "minified" else config.unlink()
+    before = contents(run)
+    shutil.copytree(home / "run", tmp_path / "other")
+    assert refused(tmp_path, "finetune", "other", "--export=run/checkpoint.pt", "--force", *MEASURE)
+    assert contents(run) == before
 
 
 ABOUT = {
