@@ -322,15 +322,19 @@ def report(
         metapt.show_table(console, f"{path.stem} (test, %; gains with 95 % intervals)", columns, table)
 
     def draw(figure):
-        figure.set_size_inches(7, 3.2)
-        axes = np.atleast_1d(figure.subplots(1, len(figures)))
-        for axis, (name, lines) in zip(axes, figures.items(), strict=True):
-            lines = [line for line in lines if line["method"] not in ("none", "default", "finetune_alone")]
+        shown = {
+            name: [line for line in lines if line["method"] not in ("none", "default")]
+            for name, lines in figures.items()
+        }
+        heights = [len(lines) for lines in shown.values()]
+        figure.set_size_inches(6, 0.16 * sum(heights) + 0.45 * len(heights))
+        axes = np.atleast_1d(figure.subplots(len(shown), 1, height_ratios=heights))
+        for axis, (name, lines) in zip(axes, shown.items(), strict=True):
             means, halves = zip(*(line["gain"] for line in lines), strict=True)
-            axis.errorbar(means, range(len(lines)), xerr=halves, fmt="o", ms=3, capsize=2)
+            axis.errorbar(means, range(len(lines)), xerr=np.nan_to_num(halves), fmt="o", ms=3, capsize=2)
             axis.axvline(0, color="0.6", lw=0.6)
-            axis.set_yticks(range(len(lines)), [NAMES[line["method"]] for line in lines], fontsize=5)
-            axis.set_title(name, fontsize=7)
+            axis.set_yticks(range(len(lines)), [NAMES[line["method"]] for line in lines], fontsize=6)
+            axis.set_title(f"{name}, {lines[0]['seeds']} seeds", fontsize=7, loc="left")
             axis.invert_yaxis()
         figure.supxlabel("points gained on default φ (95 % intervals)", fontsize=7)
 
