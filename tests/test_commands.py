@@ -375,7 +375,8 @@ BAD_OPTIONS = {  # arguments: what the line must say
     "meta --device=cuda:99": "--device cuda:99: there is no such GPU here",
     "meta mnist-rotation": "about.json is missing: 'python metapt.py download mnist' prepares the data",
     "meta --resume=nowhere": "nowhere is no folder of a run",
-    "pretrain --use=learned": "--use says which φ of --phi", "pretrain --use=best": "expected chosen or learned",
+    "pretrain --use=learned": "--use says which φ of --phi",
+    "pretrain --use=best": "expected chosen or learned",
     "pretrain --phi=nowhere": "nowhere is no folder of a run",
     "finetune nowhere": "nowhere is no folder of a run",
     # options that belong elsewhere: the line says where
