@@ -68,7 +68,7 @@ RANGE, WIDE = "Targets are drawn up to ± this", (lambda x: x >= JITTER, f"{JITT
 
 class AffineSettings(
     metapt.Images.Settings, steps=850, warmup=50, meta_every=4, lr=2e-3, unroll_lr=1e-3, unroll_batch_size=128,
-    meta_batch_size=192, meta_lr=0.05, meta_lr_decay=0.1, average=0.5, solver="cg", terms=3, damping=1.0,
+    meta_batch_size=192, meta_lr=0.05, meta_lr_decay=0.1, average=0.5, solver="cg", terms=10, damping=0.3,
     measure_steps=300,
 ):  # fmt: skip
     range_deg: float = metapt.option(60.0, f"{RANGE}: rotation", check=metapt.POSITIVE, data=True)
