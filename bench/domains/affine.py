@@ -149,12 +149,14 @@ class DigitsAffine(metapt.Images):
     @torch.no_grad()
     def draw(self, figure, meta: AffineMean) -> None:
         """The first ten digits of PT: as they are, under the target and under φ."""
+        figure.set_size_inches(3.5, 1.4)
         images = self.inputs("pretrain", torch.arange(10, device=self.device))
         maps = {"as is": AffineMean().to(self.device).numbers(), "target": self.target, "learned": meta.numbers()}
         for axis, (name, numbers) in zip(figure.subplots(len(maps)), maps.items(), strict=True):
             row = transform(images, numbers.expand(len(images), -1))
             axis.imshow(torch.cat(list(row[:, 0]), 1).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[], ylabel=name)
+            axis.spines[:].set_visible(False)
 
     def decorate(self, axis):
         axis.set_ylim(0)
