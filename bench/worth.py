@@ -51,7 +51,7 @@ class Experiment:
         return ("none", "default", "learned", "online", "longer", "finetune_alone", *self.rivals)
 
 
-SEARCHED = ("oracle", "search", "search3")
+SEARCHED = ("oracle", "wide", "search", "search3")
 SHORT = {"steps": 600, "meta_lr": 0.03}
 COTRAINED = ("cotrain", "pcgrad", "cotrain_phi", "cotrain_phi_online")
 EXPERIMENTS = {
@@ -70,7 +70,7 @@ EXPERIMENTS = {
 NAMES = {
     "none": "no PT", "default": "default φ", "learned": "learned φ, PT afresh", "online": "θ of the meta run",
     "chosen": "what `meta` chooses", "longer": "default φ, PT twice as long", "finetune_alone": "PT on FT data alone",
-    "oracle": "oracle φ", "fixed": "s = 1.5, chosen on these records", "search": "random search, equal compute", "search3": "random search, three times that",
+    "oracle": "oracle φ", "wide": "PT under maps drawn from all of their range", "fixed": "s = 1.5, chosen on these records", "search": "random search, equal compute", "search3": "random search, three times that",
     "cotrain": "CoTrain", "pcgrad": "CoTrain with PCGrad", "cotrain_phi": "CoTrain with φ, PT afresh",
     "cotrain_phi_online": "CoTrain with φ, θ of that run",
 }  # fmt: skip
@@ -92,10 +92,10 @@ class Trial:
         return metapt.pretrain_afresh(plain, self.seed, phi)
 
     @functools.cached_property
-    def timed(self):  # the meta run, and its seconds
-        begun = time.perf_counter()
+    def timed(self):  # the meta run, PT afresh with its φ, and the seconds of this process (one thread) for both
+        begun = time.process_time()
         best = metapt.Training(self.domain, learn=True).run().best
-        return best, time.perf_counter() - begun
+        return best, self.afresh(best.learned().state_dict()), time.process_time() - begun
 
     def none(self):
         torch.manual_seed(self.seed)
@@ -105,7 +105,7 @@ class Trial:
         return self.afresh(None)
 
     def learned(self):
-        return self.afresh(self.timed[0].learned().state_dict())
+        return self.timed[1]
 
     def online(self):
         return self.timed[0].network
@@ -138,21 +138,36 @@ class Trial:
             return self.afresh({"rotation_mean_deg": torch.tensor(domain.settings.target_deg)})
         return self.afresh(domain.oracle_phi())
 
+    def wide(self):
+        """Without φ: as wide a spread as φ is drawn from in the search, from the first step to the last."""
+        domain, kind = copy.copy(self.domain), type(self.domain)
+        spread, phi = (
+            ({"spread": 3**-0.5}, None)
+            if hasattr(domain, "draw_phi")
+            else ({"spread_deg": 180 / 3**0.5}, {"rotation_mean_deg": torch.tensor(0.0)})
+        )
+        wide = copy.copy(domain)
+        wide.settings = dataclasses.replace(domain.settings, **spread)
+        domain.pretrain_loss = lambda network, meta, index, _, live: kind.pretrain_loss(
+            wide, network, meta, index, 0.0, live
+        )
+        return self.afresh(phi, domain)
+
     def fixed(self):
         """The warp at s = 1.5, which was chosen by looking at these records."""
         return self.afresh({**self.domain.meta().state_dict(), "warp.scale": torch.tensor(1.5)})
 
     def search(self, share: float = 1.0):
-        """The best by validation of as many φ, drawn at random, as there is time for in a meta run."""
+        """The best by validation of as many φ, drawn at random, as there is time for in a meta run and PT afresh."""
         domain, random, spent, found = self.domain, np.random.default_rng(self.seed), 0.0, []
-        while spent < share * self.timed[1]:
-            begun = time.perf_counter()
+        while spent < share * self.timed[2]:
+            begun = time.process_time()
             angle = {"rotation_mean_deg": torch.tensor(random.uniform(-180, 180))}
             network = self.afresh(domain.draw_phi(random) if hasattr(domain, "draw_phi") else angle)
             outcome = metapt.finetune(domain, network, domain.finetune_sizes[-1], self.seed)
             found.append((outcome.validation_loss, len(found), network))
-            spent += time.perf_counter() - begun
-        console.print(f"{len(found)} draws")
+            spent += time.process_time() - begun
+        self.draws = len(found)
         return min(found)[2]
 
     def search3(self):
@@ -221,30 +236,36 @@ def run(
 ):
     """The methods of one experiment, by seed."""
     experiment, path = EXPERIMENTS[name], out / f"{name}{'-' + variant if variant else ''}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     given = {k: number_or_text(v) for k, _, v in (pair.partition("=") for pair in set_ or [])}
     first, _, last = (seeds or f"{experiment.first}-{experiment.first + 9}").partition("-")
     for seed in range(int(first), int(last or first) + 1):
         trial = None
         for method in methods.split(",") if methods else experiment.methods:
-            if not again and any((row["seed"], row["method"]) == (seed, method) for row in rows):
+            if not again and any((row["seed"], row["method"]) == (seed, method) for row in stored(path)["rows"]):
                 continue
             trial = trial or Trial(experiment, seed, given, data)
+            settings = dataclasses.asdict(trial.domain.settings) | {"seed": None}
+            if changed := {name for name, value in stored(path)["settings"].items() if settings.get(name) != value}:
+                raise SystemExit(f"{path} was made with another {', '.join(sorted(changed))}: name a --variant")
             begun = time.perf_counter()
             network = getattr(trial, method)()
             about = {"seed": seed, "method": method, "seconds": round(time.perf_counter() - begun, 1)}
             if method == "learned":
                 about["phi"] = trial.domain.measure(trial.timed[0].learned())
+            if method in ("search", "search3"):
+                about["draws"] = trial.draws
             if method in ("default", "learned", "online"):  # what `meta` chooses by
                 about["held"] = metapt.held_score(trial.domain, network, trial.domain.finetune_sizes[-1], seed)
-            rows = [row for row in rows if (row["seed"], row["method"]) != (seed, method)]
-            rows += [{**about, **row} for row in measured(trial, network)]
+            new = [{**about, **row} for row in measured(trial, network)]
+            rows = [row for row in stored(path)["rows"] if (row["seed"], row["method"]) != (seed, method)]
             out.mkdir(parents=True, exist_ok=True)
-            metapt.save_json(path, {"torch": torch.__version__, "given": given, "rows": rows})
-            scores = [
-                f"{r['scope']} {r['ft_examples']}: {100 * r['score']:.1f}" for r in rows if about.items() <= r.items()
-            ]
-            console.print(f"{name} seed {seed} {method}, {about['seconds']} s: {', '.join(scores)}", highlight=False)
+            metapt.save_json(path, {"torch": torch.__version__, "settings": settings, "rows": rows + new})
+            scores = ", ".join(f"{row['scope']} {row['ft_examples']}: {100 * row['score']:.1f}" for row in new)
+            console.print(f"{name} seed {seed} {method}, {about['seconds']} s: {scores}", highlight=False)
+
+
+def stored(path: Path) -> dict:  # read anew each time: others may write to it meanwhile
+    return json.loads(path.read_text()) if path.exists() else {"settings": {}, "rows": []}
 
 
 def interval(values) -> tuple[float, float]:  # the mean, and half of its 95 % interval (Student's t)

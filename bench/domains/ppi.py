@@ -331,7 +331,7 @@ class PPI(metapt.Domain):
 
     def figures(self, meta):
         positives = self.graphs.positives(self.rows["pretrain"], self.pretrain_tasks)
-        return {"tasks.png": lambda figure: draw_tasks(figure, self.table(meta)[1], positives)}
+        return {"tasks.png": lambda figure: draw_tasks(figure, self.table(meta)[1], positives, self.permuted)}
 
 
 def divide_tasks(tasks: int, fixed: int, positives, random, few=60, wanted=40) -> tuple[np.ndarray, np.ndarray]:
@@ -372,16 +372,21 @@ def divide_graphs(labels: np.ndarray, species: np.ndarray, random, human=9606) -
             "broad": broad}  # fmt: skip
 
 
-def draw_tasks(figure, rows: list[tuple[str, float]], positives: np.ndarray, shown: int = 12) -> None:
-    """Left: the PT tasks with the highest and the lowest weights. Right: weight by number of positives."""
+def draw_tasks(figure, rows: list[tuple[str, float]], positives: np.ndarray, permuted: np.ndarray, shown=12) -> None:
+    """Left: the PT tasks with the highest and the lowest weights. Right: weight by number of positives; `permuted` [tasks]
+    are in red on both sides."""
     terms, weights = zip(*rows, strict=True)
     order, shown = np.argsort(weights), min(shown, len(rows) // 2)
     extremes = [*order[:shown], *order[len(order) - shown :]]
     figure.set_size_inches(7, 0.14 * len(extremes) + 1)
     axis, other = figure.subplots(1, 2)
-    axis.barh(range(len(extremes)), [weights[i] - 1 for i in extremes], color=["C0"] * shown + ["C3"] * shown, left=1)
+    colours = np.where(permuted, "C3", "C0")
+    axis.barh(range(len(extremes)), [weights[i] - 1 for i in extremes], color=colours[extremes], left=1)
     axis.set_yticks(range(len(extremes)), [terms[i] for i in extremes], fontsize=6)
     axis.axvline(1, color="0.5", lw=0.6)
     axis.set(xlabel="weight of the PT task (it begins at 1)")
-    other.plot(positives, weights, ".", ms=2, color="0.5")
+    for of, colour, label in ((~permuted, "C0", "labels as they are"), (permuted, "C3", "labels permuted")):
+        other.plot(positives[of], np.array(weights)[of], ".", ms=2, color=colour, label=label)
+    if permuted.any():
+        other.legend(markerscale=4)
     other.set(xscale="log", xlabel="proteins with the term in the PT part", ylabel="weight")
