@@ -1398,11 +1398,9 @@ class DigitsNoise(Images):
     hypergradient then lets φ exchange classes and drop them."""
 
     class Settings(Images.Settings, steps=2600, warmup=200, meta_every=6, batch_size=128, unroll_lr=1e-6,
-                   unroll_batch_size=300, validate_on="all", meta_batch_size=1000, meta_lr=1.5e-2, meta_lr_decay=0.1, average=0.15,
-                   solver="cg", terms=5, damping=0.1):  # fmt: skip
-        phi_dropout: float = option(
-            0.3, "Share of pixels that φ does not see as it learns", check=BELOW_1, learning=True
-        )
+                   unroll_batch_size=300, validate_on="all", meta_batch_size=1000, meta_lr=1.5e-2, meta_lr_decay=0.1,
+                   average=0.15, solver="cg", terms=5, damping=0.1):  # fmt: skip
+        phi_dropout: float = option(0.3, "Share of pixels that learning φ does not see", check=BELOW_1, learning=True)
         noise: float = option(0.5, "Share of the PT examples with a wrong label", check=BELOW_1, data=True)
 
     captions: ClassVar = {"clean_to_noisy_weight_ratio": "weight of clean / of noisy examples"}
@@ -1744,11 +1742,10 @@ def draw_phi(figure, history: list[dict], survivor: int, domain: Domain, name: s
     axis = figure.subplots()
     others = sorted({row["particle"] for row in history} - {survivor})
     for particle in [*others, survivor]:
-        points = [
-            (row["step"], row[name]) for row in history if row["particle"] == particle and row.get(name) is not None
-        ]
+        rows = [row for row in history if row["particle"] == particle and row.get(name) is not None]
         color, label = ("C0", "learned φ") if particle == survivor else ("0.8", "other particles")
-        axis.plot(*zip(*points, strict=True), color=color, label=label if particle in (survivor, *others[:1]) else None)
+        label = label if particle in (survivor, *others[:1]) else None
+        axis.plot([row["step"] for row in rows], [row[name] for row in rows], color=color, label=label)
     axis.set(xlabel="PT steps", ylabel=domain.captions.get(name, name))
     domain.decorate(axis)
     axis.legend(loc="best", fontsize=7)
@@ -2019,8 +2016,8 @@ def choose(domain: Domain, methods: dict, examples: int, advance) -> tuple[dict,
     chosen = max(gains, key=lambda method: gains[method]["mean"] or 0.0)  # the default where there is nothing in it
     best = max(("learned_phi", "online"), key=lambda m: -math.inf if (g := gains[m]["mean"]) is None else g)
     mean, error = gains[best].values()
-    points = ("an unknown number of" if mean is None else f"{100 * mean:+.1f}") + (
-        "" if error is None else f" ± {100 * error:.1f}")  # fmt: skip
+    points = "an unknown number of" if mean is None else f"{100 * mean:+.1f}"
+    points += "" if error is None else f" ± {100 * error:.1f}"
     name = {"learned_phi": "the learned φ", "online": "the θ of this run"}[best]
     labels = "FT labels that neither φ nor FT had" if held_out(domain) else "FT labels that FT had not, though φ had"
     verdict = "not worth it here: keep the default φ" if chosen == "default_phi" else "keep it"
