@@ -30,6 +30,7 @@ import urllib3
 
 TRIES = 5
 PAUSE = 1.0  # seconds; between requests that get no answer: 0, 2, 4, 8 of it
+SCRATCH = {"new", "old", "unpacked"}  # what a folder of `scratch` may hold
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Data = Annotated[Path, typer.Option(help="The folder of all data sets")]
@@ -69,13 +70,16 @@ def run(command) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which metapt holds back until it can be answered
         sys.exit(typer.main.get_command(app).main(standalone_mode=False) or 0)
     except typer.BadParameter.__base__ as error:  # all errors of usage
         status, message = 2, error.format_message()
     except (BadInput, Failed) as error:
         status, message = 1 if isinstance(error, Failed) else 2, error
     except OSError as error:  # a file in a folder's place, a folder that may not be written to
-        status, message = 1 if error.errno in (*FULL, errno.EPIPE, errno.EIO) else 2, error
+        status, message = 1 if error.errno in (*FULL, errno.EPIPE, errno.EIO, errno.ENOMEM) else 2, error
+    except MemoryError as error:
+        status, message = 1, str(error) or "out of memory"
     except Stopped:
         status, message = 1, "stopped: the same command again goes on where it stopped"
     print(f"{Path(sys.argv[0]).stem}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
@@ -177,7 +181,8 @@ class Array:
 
 @contextlib.contextmanager
 def scratch(path: Path):
-    """A folder beside `path` that is removed in the end; `locked` removes what a process left that was killed."""
+    """A folder beside `path` that is removed in the end; where it holds nothing but what is named in `SCRATCH`, `locked`
+    removes what a process left that was killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-metapt-", dir=path.parent) as name:
         yield Path(name)
@@ -209,6 +214,8 @@ def locked(folder: Path, form: str):
         print(os.getpid(), end="", file=file, flush=True)
         try:
             for left in folder.parent.glob(f".{glob.escape(folder.name)}-metapt-*"):
+                if left.is_symlink() or not left.is_dir() or {path.name for path in left.iterdir()} - SCRATCH:
+                    continue  # somebody else's
                 if (left / "old").exists() and not folder.exists():  # killed between two renames
                     (left / "old").replace(folder)
                 shutil.rmtree(left)

@@ -120,7 +120,7 @@ def prepare(source: Path, folder: Path) -> dict:
     if not source.is_file():
         raise BadInput(f"{source} is missing")
     with files.scratch(folder) as work:
-        path = unzip(source, work / "geometric_data_processed.pt") if source.suffix == ".zip" else source
+        path = unzip(source, work / "unpacked") if source.suffix == ".zip" else source
         data, slices = read_pyg(path)
         try:
             counts = [len(data[f"go_target_{n}"]) // (len(slices["x"]) - 1) for n in ("pretrain", "downstream")]
