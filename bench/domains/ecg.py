@@ -34,8 +34,11 @@ class Records:
     """
 
     def __init__(self, folder: Path, device: torch.device):
+        def lines(value):
+            return type(value) is list and all(type(line) is str for line in value)
+
         def names(value):
-            return type(value) is list and len(value) > 0 and all(type(name) is str for name in value)
+            return lines(value) and 0 < len(value) == len(set(value))
 
         def layout(about):
             n, leads, classes = about["records"], len(about["leads"]), len(about["classes"])
@@ -44,7 +47,7 @@ class Records:
                     "samples": ("<i2", [n, about["samples"], leads])}  # fmt: skip
 
         one, prepared_by = metapt.whole(1), "python metapt.py download ecg"
-        facts = {"records": one, "leads": names, "classes": names, "hertz": one, "samples": one, "left_out": list}
+        facts = {"records": one, "leads": names, "classes": names, "hertz": one, "samples": one, "left_out": lines}
         about, arrays = metapt.read_prepared(folder, "metapt ecgs 2", prepared_by, facts, layout)
         good = {"gain": (arrays["gain"] >= 1) & (arrays["gain"] <= 1e6), "baseline": arrays["baseline"].abs() <= 2**15,
                 "fold": arrays["fold"] >= 0, "labels": arrays["labels"] <= 1, "sums": arrays["sums"].isfinite()}  # fmt: skip
@@ -310,7 +313,8 @@ class ECG(metapt.Domain):
 
     def data_digest(self):
         parts = [self.records.ecg_id[self.rows[part]].tolist() for part in ("pretrain", "test")]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        named = [self.records.leads, self.records.classes, self.records.hertz, self.records.length]
+        return hashlib.sha256(json.dumps([*parts, named]).encode()).hexdigest()
 
     def finetune_limits(self):
         return 5, self.finetune_sizes[-1]

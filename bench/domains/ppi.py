@@ -68,13 +68,15 @@ class Graphs:
         size, degree = self.sizes[index], self.degrees[index]
         first = size.cumsum(0) - size
         sums = self.sums[spans(self.first_node[index], size)]
-        source = self.source[spans(self.first_edge[index], degree)].long() + first.repeat_interleave(degree)
+        source = self.source[spans(self.first_edge[index], degree)].long()  # within its graph
         incoming = sums[:, 9].long() - 1  # without the self-loop
+        outside = source >= size.repeat_interleave(degree)
         # Not when they are opened: there can be gigabytes of them.
-        if (incoming < 0).any() or incoming.sum() != len(source) or (source >= len(sums)).any():
+        if (incoming < 0).any() or incoming.sum() != len(source) or outside.any():
             raise metapt.BadInput(
                 f"{self.folder}: source.npy and sums.npy do not fit each other: 'download ppi --check'"
             )
+        source = source + first.repeat_interleave(degree)
         graph = torch.arange(len(index), device=index.device).repeat_interleave(size)
         return GraphBatch(sums, source, incoming.cumsum(0) - incoming, graph, self.centre[index] + first, size)
 
