@@ -481,6 +481,7 @@ def _finite(**results: Params) -> None:
 import abc
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import inspect
@@ -513,8 +514,10 @@ def refusing(problem: str, errors=UNREADABLE, becomes=BadInput):  # what fails w
     try:
         yield
     except errors as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            raise  # the machine's fault
         # The last line: torch begins with what it did and ends with what was wrong.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:160]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:300]
         raise becomes(f"{problem}: {'it is missing' if isinstance(error, FileNotFoundError) else reason}") from None
 
 
@@ -793,12 +796,13 @@ def read_prepared(folder: Path, form: str, prepared_by: str, facts: dict, layout
     about.json holds, for `as_written`; `layout(about)`: of each array dtype and shape, likewise. BadInput where it
     is missing, or is not what the command `prepared_by` writes in the format `form`."""
     path, arrays, problem = folder / "about.json", {}, f"is not what '{prepared_by}' wrote"
+    sha256 = lambda value: type(value) is str and re.fullmatch("[0-9a-f]{64}", value)
     if not path.exists():
         raise BadInput(f"{path} is missing: '{prepared_by}' prepares the data")
     with refusing(f"{path} {problem}"):
         known = {"format": form, "source": str, "licence": str, "arrays": dict, **facts}
         about = as_written(json.loads(path.read_text()), known)
-        as_written(about["arrays"], {name: {"dtype": dtype, "shape": shape, "sha256": str}
+        as_written(about["arrays"], {name: {"dtype": dtype, "shape": shape, "sha256": sha256}
                                      for name, (dtype, shape) in layout(about).items()}, "arrays.")  # fmt: skip
     for name, expected in about["arrays"].items():
         # numpy raises half a dozen types for a header that is torn, and warns.
@@ -1492,12 +1496,11 @@ class MNISTNoise(DigitsNoise):
 # 7. Run folders and checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
-import errno
 import io
 import os
 import pickle
+import secrets
 import shutil
-import tempfile
 
 try:
     import fcntl
@@ -1522,20 +1525,31 @@ def writing(path: Path, needed: int):  # Failed where the disk is full or a limi
 
 def save_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
     """Writes a file under a name that nobody else has, flushes it to the disk, and only then gives it its name; what
-    had the name before is kept as `keep`. Failed: the disk is full."""
-    named = {"dir": path.parent, "prefix": f".metapt-{path.name}-"}
-    with writing(path, len(content)), tempfile.NamedTemporaryFile(**named, delete=False) as file:
+    had the name before is kept as `keep`, and has the name until then. Failed: the disk is full."""
+    new = path.with_name(f".metapt-{path.name}-{secrets.token_hex(8)}")
+    before = Path(f"{new}-before")
+    with writing(path, len(content)), new.open("xb") as file:
         try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            if keep and path.exists():
-                os.replace(path, keep)
-            os.replace(file.name, path)
+            if path.exists():
+                shutil.copymode(path, new)
+            if path.exists() and keep:
+                try:
+                    os.link(path, before)
+                except OSError:  # a file system without links
+                    shutil.copyfile(path, before)
+            os.replace(new, path)
+            if before.exists():
+                os.replace(before, keep)
         except BaseException:
-            os.unlink(file.name)
+            new.unlink(missing_ok=True)
+            before.unlink(missing_ok=True)
             raise
+    with contextlib.suppress(OSError), contextlib.ExitStack() as opened:  # the names too; not every system can
+        opened.callback(os.close, folder := os.open(path.parent, os.O_RDONLY))
+        os.fsync(folder)
 
 
 def save_json(path: Path, content) -> None:
@@ -1563,15 +1577,16 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
     @classmethod
     def create(cls, folder: Path | None, config: dict, held: contextlib.ExitStack) -> "Run":
         """A new one, by default numbered, under runs/; `held` keeps it from other processes."""
-        if folder is None:
-            name = f"{config['command']}-{config['domain'].rpartition('/')[2].replace('.py:', '-')}"
-            numbers = ("", *(f"-{n}" for n in range(2, 10_000)))
-            folder = next(f for f in (Path("runs") / f"{name}{n}" for n in numbers) if not f.exists())
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"{folder} cannot be made: {error.strerror}") from None
-        run = cls(folder)
+        name = f"{config['command']}-{config['domain'].rpartition('/')[2].replace('.py:', '-')}"
+        numbered = (Path("runs") / f"{name}{n}" for n in ("", *(f"-{n}" for n in range(2, 10_000))))
+        for path in [folder] if folder else numbered:
+            try:
+                path.mkdir(parents=True, exist_ok=path == folder)
+                break
+            except OSError as error:
+                if folder or not path.exists():  # else the number is taken, perhaps since a moment ago
+                    raise BadInput(f"{path} cannot be made: {error.strerror}") from None
+        run, folder = cls(path), path
         for locked in (False, True):  # nothing of the user's is touched; what another process began meanwhile is seen
             # A run that was killed before it had its config.json is begun anew.
             begun = [path for path in folder.iterdir() if path.name.startswith(".metapt-config.json-")]
@@ -1602,12 +1617,6 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
         with contextlib.suppress(OSError):  # on a full disk it is held all the same
             path.write_text(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
 
-    def put_right(self) -> None:  # what a process left that was killed; only of a run that is locked
-        for left in self.folder.glob(".metapt-*"):
-            left.unlink()
-        if self.earlier.exists() and not self.saved.exists():  # killed between two renames
-            os.replace(self.earlier, self.saved)
-
     def config(self) -> dict:  # what the run was started with: command, domain, device, phi (a run or None), settings
         known = {"format": FORMAT, "command": lambda name: name in ("pretrain", "meta"), "settings": dict,
                  "domain": lambda name: type(name) is str and name.isprintable(), "domain_sha256": str | None,
@@ -1631,14 +1640,20 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
         buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
         save_whole(self.saved, buffer.getbuffer(), keep=self.earlier)
 
+    def had_checkpoint(self) -> bool:  # else it was killed before the first, and there is nothing to go on from
+        later = any(path.exists() for path in (self.saved, self.earlier, self.folder / "summary.json"))
+        return later or (self.metrics.exists() and len({row["step"] for row in self.history()}) > CHECKPOINT_EVERY)
+
     def checkpoint(self) -> dict:
         """The last one, on the CPU, without running any code that it may hold. BadInput: it is missing or damaged (then
-        the one before is named), or config.json has changed since."""
-        content = self.saved.read_bytes() if self.saved.exists() else b""
-        if content[-64:] != hashlib.sha256(memoryview(content)[:-64]).hexdigest().encode():
-            before = f"rename {self.earlier.name} to {self.saved.name}, and --resume {self.folder} goes on from there"
-            before = before if self.earlier.exists() else "and there is none before it"
-            raise BadInput(f"{self.saved} is missing or damaged, its SHA-256 is not the one at its end: {before}")
+        the one before is named, where that is whole), or config.json has changed since."""
+        read = lambda path: path.read_bytes() if path.exists() else b""
+        sealed = lambda it: it[-64:] == hashlib.sha256(memoryview(it)[:-64]).hexdigest().encode()
+        if not sealed(content := read(self.saved)):
+            advice = f"rename {self.earlier.name} to {self.saved.name}, and --resume {self.folder} goes on from there"
+            if not sealed(read(self.earlier)):
+                advice = f"so is {self.earlier.name}" if self.earlier.exists() else "there is none before it"
+            raise BadInput(f"{self.saved} is missing or damaged, its SHA-256 is not the one at its end: {advice}")
         known = dict.fromkeys(("phi", "learners", "seconds", "random", "cuda_random"), lambda value: True)
         known |= {"format": FORMAT, "config": str, "metrics_bytes": whole(), "step": whole()}
         with refusing(f"{self.saved} is not what this metapt writes", (ValueError, pickle.UnpicklingError)):
@@ -1657,9 +1672,9 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
         if self.metrics.exists():
             os.truncate(self.metrics, len(kept))
 
-    def history(self, content: bytes | None = None) -> list[dict]:  # the rows of metrics.jsonl
-        rows, lines = [], (self.metrics.read_bytes() if content is None else content).splitlines()
-        for number, line in enumerate(lines, 1):
+    def history(self, content: bytes | None = None) -> list[dict]:  # the rows of metrics.jsonl, whole lines
+        rows, content = [], self.metrics.read_bytes() if content is None else content
+        for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
             with refusing(f"{self.metrics}: line {number} is no row of metrics", (*UNREADABLE, TypeError)):
                 rows.append(dict(json.loads(line)))
                 known = dict.fromkeys(rows[-1], int | float | bool | None) | {"step": whole(), "particle": whole()}
@@ -1876,7 +1891,8 @@ def identity(kind: type[Domain]) -> dict:  # its name or file:class, and the fil
 def domain_of(run: Run, named: str | None, console=None) -> type[Domain]:
     """The domain of a run. A file that has changed since is used only where it is named again, and that is said."""
     config = run.config()
-    kind = find_domain(named or config["domain"], None if named else config["domain_sha256"])
+    with refusing(f"{run.started}: domain", () if named else BadInput):
+        kind = find_domain(named or config["domain"], None if named else config["domain_sha256"])
     if (ours := identity(kind))["domain"] != config["domain"]:
         raise BadInput(f"{run.folder} is of the domain {config['domain']}, not {named}")
     if console and ours != {name: config[name] for name in ours}:
@@ -1891,8 +1907,7 @@ def settings_of(kind: type[Domain], given: dict, preset: str = "default") -> Set
         raise BadInput(f"--preset is {preset!r}; {kind.__name__} has {', '.join(presets)}")
     settings = kind.Settings(**presets[preset])
     if "steps" in given:  # the warm-up of a shorter run is the same share of it
-        warmup = min(settings.warmup, settings.warmup * given["steps"] // settings.steps)
-        given = {"warmup": warmup, **given}
+        given = {"warmup": min(settings.warmup, settings.warmup * given["steps"] // settings.steps), **given}
     settings = dataclasses.replace(settings, **given)
     idle = {"terms": settings.solver == "identity" and "--solver identity",
             "alpha": settings.solver != "neumann" and f"--solver {settings.solver}",
@@ -1933,9 +1948,8 @@ def make_command(command: str, kind: type[Domain] | None = None):
 
     def run_command(**values):
         given = {f.name: value for f in fields if (value := values.pop(f.name)) is not None}
-        ask = SimpleNamespace(
-            **{"phi": None, "use": "chosen", "export": None} | values, given=given, begun=time.perf_counter()
-        )
+        values = {"phi": None, "use": "chosen", "export": None} | values
+        ask = SimpleNamespace(**values, given=given, begun=time.perf_counter())
         ask.console = rich.console.Console(stderr=ask.json)
         with contextlib.ExitStack() as ask.held:  # the lock on the run that the command makes or goes on with
             return train(command, kind, ask) if kind else measure_runs(command, ask)
@@ -1955,11 +1969,11 @@ def download(context: typer.Context, data_set: Annotated[str, typer.Argument(hel
         raise BadInput(f"{name!r} cannot be downloaded; there is {', '.join(SCRIPTS)} (the second word by --source)")
     if not (script := HERE / "data_scripts" / SCRIPTS[name]).exists():
         raise BadInput(f"{script} is missing: copy the folder data_scripts of metapt's repository there")
-    with subprocess.Popen([sys.executable, str(script), *context.args]) as child:
-        while child.poll() is None:
-            with contextlib.suppress(KeyboardInterrupt):  # the script gets it as well, and answers
-                child.wait()
-    raise SystemExit(child.returncode)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the script answers, once it has let Ctrl-C through
+    status = subprocess.run([sys.executable, str(script), *context.args], check=False).returncode
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    raise SystemExit(status)
 
 
 def train(command: str, kind: type[Domain], ask) -> None:  # `pretrain` and `meta`
@@ -2043,8 +2057,9 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
         if config["command"] != command:
             raise BadInput(f"{ask.resume} is a run of {config['command']}: resume it with that command")
         run.lock(ask.held)
-        run.put_right()
-        content = run.checkpoint() if run.saved.exists() else None
+        for left in run.folder.glob(".metapt-*"):  # by a process that was killed
+            left.unlink()
+        content = run.checkpoint() if run.had_checkpoint() else None
         device = "cpu" if config["device"] == "cpu" and ask.device == "auto" else ask.device  # for the same numbers
         domain = reopened(run, ask.domain, {}, device, ask)
         for name, value in ask.given.items():
@@ -2053,9 +2068,7 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
     phi = phi_of(Path(config["phi"]), config, domain, ask.console) if config["phi"] else None
     if phi and not ask.resume and ask.use == "chosen" and not worth_it(ask.phi):
         config["phi"] = phi = None
-        ask.console.print(
-            f"{ask.phi} found its φ not worth it: this is PT with the default φ (--use learned: with its)"
-        )
+        ask.console.print(f"{ask.phi} found its φ not worth it: this is PT with the default φ (--use learned: its own)")
     training = Training(domain, command == "meta", phi)
     if not ask.resume:
         finetune_sizes(domain)  # what cannot be is said before anything is written
@@ -2092,42 +2105,38 @@ def phi_of(folder: Path, config: dict, domain: Domain, console) -> dict:  # that
 def worth_it(folder: Path) -> bool:  # whether a run of `meta` chose what it learned, or did not choose
     if not (path := folder / "summary.json").exists():
         return True
-    known = None, "default_phi", "learned_phi", "online"
     with refusing(f"{path} cannot be read", (*UNREADABLE, TypeError)):
-        summary = as_written(json.loads(path.read_text()), dict)
-        as_written(summary.get("chosen"), lambda chosen: chosen in known, "chosen.")
-    return summary.get("chosen") != "default_phi"
+        chosen = as_written(json.loads(path.read_text()), dict).get("chosen")
+        as_written(chosen, lambda it: it in (None, "default_phi", "learned_phi", "online"), "chosen.")
+    return chosen != "default_phi"
 
 
 def follow(training: Training, run: Run, console) -> None:  # with bar, metrics, checkpoints; Ctrl-C saves one
     settings, domain, stopped = training.settings, training.domain, []
     if training.step >= settings.steps:
         return
-    handlers = [(n, signal.signal(n, lambda *_: stopped.append(True))) for n in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        label = "learning φ" if training.learn else "pre-training"
-        with progress_bar(console, label, settings.steps) as bar:
+    label = "learning φ" if training.learn else "pre-training"
+    with contextlib.ExitStack() as handlers, progress_bar(console, label, settings.steps) as bar:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers.callback(signal.signal, number, signal.signal(number, lambda *_: stopped.append(True)))
 
-            def each(training):
-                rows = ""
-                for learner in training.learners:
-                    measured = domain.measure(learner.meta)
-                    row = {"step": training.step, "particle": learner.number, "skipped": learner.skipped}
-                    row |= {name: finite_or_none(value) for name, value in learner.losses.items()}
-                    rows += json.dumps(row | measured) + "\n"
-                with writing(run.metrics, len(rows)), run.metrics.open("a") as file:
-                    file.write(rows)
-                value = next(iter(measured.values()), None)
-                bar(training.step, "" if value is None else f"φ {value:.4g}")
-                if stopped:
-                    run.save(training)
-                    again = f"python metapt.py {'meta' if training.learn else 'pretrain'} --resume {run.folder}"
-                    raise Failed(f"stopped at PT step {training.step}; go on with: {again}")
+        def each(training):
+            rows = ""
+            for learner in training.learners:
+                measured = domain.measure(learner.meta)
+                row = {"step": training.step, "particle": learner.number, "skipped": learner.skipped}
+                row |= {name: finite_or_none(value) for name, value in learner.losses.items()}
+                rows += json.dumps(row | measured) + "\n"
+            with writing(run.metrics, len(rows)), run.metrics.open("a") as file:
+                file.write(rows)
+            value = next(iter(measured.values()), None)
+            bar(training.step, "" if value is None else f"φ {value:.4g}")
+            if stopped:
+                run.save(training)
+                again = f"python metapt.py {'meta' if training.learn else 'pretrain'} --resume {run.folder}"
+                raise Failed(f"stopped at PT step {training.step}; go on with: {again}")
 
-            training.run(each, run.save)
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
+        training.run(each, run.save)
 
 
 def validation_loss(domain: Domain, learner: Learner) -> float:  # over the whole part, with the θ and ψ of the end
@@ -2255,14 +2264,17 @@ def main() -> None:
         if status == 130:  # typer's word for Ctrl-C
             raise KeyboardInterrupt
     except (BadInput, typer.BadParameter.__mro__[1]) as error:  # the latter: any error of usage
-        text = error.format_message() if hasattr(error, "format_message") else str(error)
-        status, message = 2, text
+        status, message = 2, error.format_message() if hasattr(error, "format_message") else str(error)
         if option := getattr(error, "option_name", "") if message.startswith("No such option") else "":
             message = misplaced(option, sys.argv[1:])
     except OSError as error:  # a file in a folder's place, a disk that is full
-        status, message = 1 if error.errno in (*FULL, errno.EPIPE, errno.EIO) else 2, str(error)
-    except (Failed, torch.OutOfMemoryError, KeyboardInterrupt, typer.Abort) as error:
+        status, message = 1 if error.errno in (*FULL, errno.EPIPE, errno.EIO, errno.ENOMEM) else 2, str(error)
+    except (Failed, KeyboardInterrupt, typer.Abort) as error:
         status, message = 1, str(error) or "stopped"
+    except (MemoryError, RuntimeError) as error:  # the latter: torch's words for it
+        if not re.search("MemoryError|(not enough|allocate|out of) memory|bad_alloc", repr(error)):
+            raise
+        status, message = 1, str(error) or "out of memory"
     if message:
         print(f"metapt: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

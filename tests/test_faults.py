@@ -1,14 +1,16 @@
 """Faults: files that were damaged or altered, disks that are full, two processes in one run, kills at any moment."""
 
 import contextlib
+import errno
 import io
 import json
+import mmap
 import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -17,9 +19,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import write_graphs, write_ptbxl
-from tools import contents, main_in, outcome, refused, rewrite, summary_of, toy_file
+from tools import ROOT, contents, main_in, outcome, refused, rewrite, summary_of, toy_file
 
 import metapt
+
+sys.path.append(str(ROOT / "data_scripts"))
+
+import files
 
 QUICK = ["--steps=16", "--compare=0"]
 MEASURE = ["--compare=1", "--measure-steps=2", "--sizes=5"]
@@ -81,7 +87,7 @@ def test_an_altered_config_is_refused_by_its_key(path, value, run, tmp_path):
         assert "toy.py has changed since" in message
     elif len(str(value)) < 5000 or "/" in path:
         assert key in message or metapt.flag(key) in message or (key == "solver" and "Solver.method" in message)
-        assert "config.json" in message or path in ("domain", "data")
+        assert "config.json" in message or path == "data"
     assert contents(run) == before and set(os.listdir(tmp_path)) == {"run"}
 
 
@@ -192,10 +198,10 @@ ABOUT = {
     "ppi": [*((name, value) for name in ("graphs", "nodes", "edges", "tasks") for value in (-1, "60", 59, 300.0, True, None, NONE)),
             *(("finetune_terms", value) for value in (True, 60, -1, None, NONE)), ("terms", NONE), ("terms", 3), ("terms", ["GO:1"]),
             ("arrays", {}), ("arrays", []), ("arrays/sizes", 3), ("arrays/sizes", NONE), ("arrays/more", {}), ("arrays/sizes/dtype", "<f4"),
-            ("arrays/sums/shape", [10]), ("arrays/sums/shape", "x"), ("arrays/sums/sha256", NONE), ("format", "x"), ("source", 3),
+            ("arrays/sums/shape", [10]), ("arrays/sums/shape", "x"), ("arrays/sums/sha256", NONE), ("arrays/sums/sha256", "x"), ("format", "x"), ("source", 3),
             ("licence", NONE), ("colour", 1)],
-    "ecg": [("hertz", 0), ("hertz", "100"), ("hertz", NONE), ("leads", 12), ("leads", []), ("leads", list(range(12))), ("classes", 5),
-            ("records", 19), ("records", 20.0), ("samples", 999), ("left_out", 3), ("arrays/gain/shape", [20, 11]), ("colour", 1)],
+    "ecg": [("hertz", 0), ("hertz", "100"), ("hertz", NONE), ("leads", 12), ("leads", []), ("leads", list(range(12))), ("leads", ["I"] * 12), ("classes", 5),
+            ("records", 19), ("records", 20.0), ("samples", 999), ("left_out", 3), ("left_out", [3]), ("arrays/gain/shape", [20, 11]), ("colour", 1)],
 }  # fmt: skip
 
 
@@ -220,6 +226,23 @@ def test_an_altered_about_is_refused_by_its_key(name, path, value, data, tmp_pat
     message = refused(tmp_path, "meta", name, "--width=1", "--steps=1", "--warmup=0", "--compare=0", "--out=run")
     assert folder in message and f"metapt.py download {name}" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_only_with_leads_classes_and_rate_as_they_were(data, tmp_path):
+    about = Path(shutil.copytree(data / "ecg", tmp_path / "data" / "ecg")) / "prepared" / "about.json"
+    given = ["--width=1", "--steps=1", "--warmup=0", "--compare=0", "--test-folds=1", "--out=run"]
+    assert main_in(tmp_path, "meta", "ecg", *given, "--batch-size=4", "--meta-batch-size=4")[0] == 0
+    content = json.loads(about.read_text())
+    for change in (
+        {"leads": content["leads"][::-1]},
+        {"classes": [*content["classes"][1:], content["classes"][0]]},
+        {"hertz": 50},
+    ):
+        about.write_text(json.dumps(content | change))
+        for command in (["meta", "--resume=run"], ["finetune", "run", "--compare=1", "--measure-steps=2"]):
+            assert "run was trained on other data" in refused(tmp_path, *command)
+    about.write_text(json.dumps(content))
+    assert main_in(tmp_path, "meta", "--resume=run")[0] == 0
 
 
 DEEP = ["", "{", "[]", "3", "null", '"text"', "[" * 200_000, '{"a":' * 200_000, b"\xff\xfe", b"\0" * 99, "9" * 5000]
@@ -267,9 +290,35 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on_to_the_same_
     (run / "summary.json").unlink()
     assert main_in(tmp_path, "meta", "--resume=run")[0] == 0
     assert outcome(run) == outcome(home / "run")
-    (run / "checkpoint.previous.pt").unlink(missing_ok=True)
     (run / "checkpoint.pt").write_bytes(content)
+    (run / "checkpoint.previous.pt").write_bytes(content)
+    assert "its end: so is checkpoint.previous.pt" in refused(tmp_path, "meta", "--resume=run")
+    (run / "checkpoint.previous.pt").unlink()
     assert "there is none before it" in refused(tmp_path, "meta", "--resume=run")
+
+
+def test_a_run_whose_checkpoint_is_lost_is_not_begun_again(home, run, tmp_path, monkeypatch):
+    """But one that was killed before its first checkpoint is, though it has metrics."""
+    (run / "checkpoint.pt").unlink()
+    for name, says in (
+        ("checkpoint.previous.pt", "rename checkpoint.previous.pt"),
+        ("summary.json", "there is none before it"),
+    ):
+        before = contents(run)
+        message = refused(tmp_path, "meta", "--resume=run")
+        assert "checkpoint.pt is missing or damaged" in message and says in message
+        assert contents(run) == before
+        (run / name).unlink()
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"torn')
+    with monkeypatch.context() as patch:
+        patch.setattr(metapt, "CHECKPOINT_EVERY", 2)
+        assert "there is none before it" in refused(tmp_path, "meta", "--resume=run")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(True)
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[:2]))
+    monkeypatch.setattr(metapt, "CHECKPOINT_EVERY", 2)
+    assert main_in(tmp_path, "meta", "--resume=run")[0] == 0
+    assert outcome(run) == outcome(home / "run")
 
 
 def test_a_config_that_was_changed_is_refused_though_it_could_be(run, tmp_path):
@@ -351,7 +400,7 @@ def write_mnist(folder: Path, labels) -> None:
     folder.mkdir(parents=True)
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values)
-    facts = {name: {"dtype": v.dtype.str, "shape": list(v.shape), "sha256": ""} for name, v in arrays.items()}
+    facts = {name: {"dtype": v.dtype.str, "shape": list(v.shape), "sha256": "0" * 64} for name, v in arrays.items()}
     about = {"format": "metapt images 1", "source": "", "licence": "", "classes": 10, "arrays": facts}
     (folder / "about.json").write_text(json.dumps(about))
 
@@ -377,6 +426,17 @@ def test_arrays_with_a_value_that_cannot_be_are_refused(name, array, value, data
     assert array in refused(tmp_path, "meta", name, "--width=1", "--steps=1", "--warmup=0", "--compare=0")
 
 
+def test_an_edge_from_another_graph_is_refused_when_it_is_read(data, tmp_path):
+    folder = Path(shutil.copytree(data / "ppi", tmp_path / "data" / "ppi")) / "published"
+    sizes, degrees = (np.load(folder / f"{name}.npy") for name in ("sizes", "degrees"))
+    graph = np.flatnonzero(degrees)[0]
+    np.load(folder / "source.npy", mmap_mode="r+")[degrees[:graph].sum()] = sizes[graph]
+    kind = metapt.find_domain("ppi")
+    domain = kind(kind.Settings(), torch.device("cpu"), tmp_path / "data")
+    with pytest.raises(metapt.BadInput, match="source.npy and sums.npy do not fit"):
+        domain.graphs.batch(torch.tensor([graph, graph + 1]))
+
+
 # An error of the program, or of the machine, is not called bad input
 
 
@@ -388,16 +448,41 @@ def test_an_error_while_a_training_is_made_is_not_said_to_be_of_the_input(where,
         ["pretrain", home / "toy.py", "--phi=run", *QUICK],
         ["meta", "--resume=run"],
     )
-    for error in (RuntimeError("not enough memory: you tried to allocate 9 bytes"), MemoryError()):
-        with monkeypatch.context() as patch:
-            patch.setattr(kind, where, lambda *_, error=error: (_ for _ in ()).throw(error))
-            for command in commands:
-                with monkeypatch.context() as words, contextlib.chdir(tmp_path), pytest.raises(type(error)):
-                    words.setattr("sys.argv", ["metapt.py", *map(str, command)])
-                    metapt.main()
-    monkeypatch.setattr(kind, where, lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
-    code, _, err = main_in(tmp_path, *commands[0])
-    assert (code, err) == (1, "metapt: CUDA out of memory\n")
+
+    def throw(error):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, where, lambda *_: throw(RuntimeError("an illegal memory access was encountered")))
+        for command in commands:
+            with (
+                monkeypatch.context() as words,
+                contextlib.chdir(tmp_path),
+                pytest.raises(RuntimeError, match="illegal"),
+            ):
+                words.setattr("sys.argv", ["metapt.py", *map(str, command)])
+                metapt.main()
+    for says, exhaust in {
+        "CUDA out of memory": lambda: throw(torch.OutOfMemoryError("CUDA out of memory")),
+        "you tried to allocate": lambda: torch.empty(10**15), "Unable to allocate": lambda: np.empty(10**15),
+        "out of memory": lambda: bytearray(10**17), "Cannot allocate memory": lambda: mmap.mmap(-1, 10**17),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(kind, where, lambda *_, exhaust=exhaust: exhaust())
+        for command in commands:
+            code, _, err = main_in(tmp_path, *command)
+            assert (code, err.count("\n")) == (1, 1) and err.startswith("metapt: ") and says in err
+
+
+def test_out_of_memory_is_not_called_bad_data(data, tmp_path, monkeypatch):
+    def exhausted(*_, **options):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    shutil.copytree(data, tmp_path / "data")
+    monkeypatch.setattr(np, "load", exhausted)
+    code, _, err = main_in(tmp_path, "meta", "ppi", "--width=1")
+    assert (code, err) == (1, "metapt: [Errno 12] Cannot allocate memory\n")
+    status, err = forked(lambda: (setattr(sys, "argv", ["script"]), files.run(lambda: bytearray(10**17))))
+    assert (status, err.count("\n")) == (1, 1) and err.endswith(": out of memory\n")
 
 
 # Files of the user's
@@ -426,6 +511,37 @@ def test_an_export_replaces_a_file_only_with_force_and_never_one_of_a_run(run, t
         name.removeprefix("encoder.") for name in torch.load(run / "checkpoint.pt", weights_only=True)["learners"][0]["network"]
         if name.startswith("encoder.")}  # fmt: skip
     assert {(tmp_path / name).read_text() for name in ("mine.pt.part", ".mine.pt.x")} == {"precious"}
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o027, 0o002])
+def test_files_have_the_modes_that_are_asked_for(mask, home, tmp_path):
+    before = os.umask(mask)
+    try:
+        assert main_in(tmp_path, "meta", home / "toy.py", "--out=run", *QUICK)[0] == 0
+        assert set(modes(tmp_path / "run").values()) == {0o666 & ~mask}
+        (tmp_path / "mine.pt").touch(0o640)
+        (tmp_path / "mine.pt").chmod(0o640)
+        assert main_in(tmp_path, "finetune", "run", "--export=mine.pt", "--force", "--out=new", *MEASURE)[0] == 0
+        assert modes(tmp_path)["mine.pt"] == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_a_folder_beside_prepared_data_is_removed_only_where_a_script_left_it(tmp_path):
+    for name in ("x1/new", "x2/old", "notes/new", "empty"):
+        (tmp_path / f".prepared-metapt-{name}").mkdir(parents=True)
+    (tmp_path / ".prepared-metapt-notes" / "mine.txt").write_text("precious")
+    (tmp_path / ".prepared-metapt-mine").write_text("precious")
+    (tmp_path / "elsewhere" / "new").mkdir(parents=True)
+    (tmp_path / ".prepared-metapt-link").symlink_to("elsewhere")
+    with files.locked(tmp_path / "prepared", "x"):
+        left = {path.name.removeprefix(".prepared-metapt-") for path in tmp_path.iterdir()} - {".prepared.lock"}
+    assert left == {"notes", "mine", "link", "elsewhere", "prepared"}
+    assert (tmp_path / ".prepared-metapt-notes" / "mine.txt").read_text() == "precious"
 
 
 # Two processes
@@ -488,6 +604,53 @@ def test_a_run_is_of_one_process_until_that_ends_or_is_killed(home, run, tmp_pat
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_of_two_starts_at_once_each_has_a_folder_of_its_own(home, tmp_path, monkeypatch):
+    made = []
+
+    def mkdir(path, *given, **options):
+        if not made and path.parent.name == "runs":  # the other one was faster
+            made.append(path)
+            path.mkdir(parents=True)
+            shutil.copy(home / "run" / "config.json", path)
+        return real(path, *given, **options)
+
+    real = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert main_in(tmp_path, "meta", home / "toy.py", *QUICK)[0] == 0
+    assert sorted(os.listdir(tmp_path / "runs")) == ["meta-toy-Toy", "meta-toy-Toy-2"]
+    assert os.listdir(tmp_path / "runs" / "meta-toy-Toy") == ["config.json"]
+    (tmp_path / "runs").rename(tmp_path / "other")
+    (tmp_path / "runs").symlink_to("nowhere")
+    assert "runs/meta-toy-Toy cannot be made: File exists" in refused(tmp_path, "meta", home / "toy.py", *QUICK)
+
+
+def test_ctrl_c_while_a_script_is_imported_is_one_line(tmp_path):
+    """A module that the script imports, and metapt does not, waits in the import until Ctrl-C was pressed."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "requests.py").write_text(f"""
+import pathlib, sys, time
+folder = pathlib.Path({str(tmp_path)!r})
+(folder / "importing").touch()
+while not (folder / "pressed").exists():
+    time.sleep(0.01)
+sys.path.remove(str(folder / "modules"))
+del sys.modules["requests"]
+import requests
+""")
+    command = [sys.executable, metapt.__file__, "download", "mnist", "--from", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=-1, stderr=-1, process_group=0)
+    while not (tmp_path / "importing").exists():
+        assert running.poll() is None
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGINT)
+    (tmp_path / "pressed").touch()
+    _, err = running.communicate()
+    assert (running.returncode, err) == (1, "mnist: stopped: the same command again goes on where it stopped\n")
+    assert not (tmp_path / "data").exists()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 # Kills and full disks
 
 PLAIN = {"save_figure": lambda path, draw: metapt.save_whole(path, b"drawn"), "CHECKPOINT_EVERY": 2}
@@ -522,9 +685,8 @@ def dying(at: int) -> list:
 
         setattr(owner, name, opened)
 
-    for name in ("fsync", "replace", "chmod", "truncate", "unlink"):
+    for name in ("fsync", "link", "replace", "chmod", "truncate", "unlink"):
         before(os, name)
-    of_files(tempfile, "NamedTemporaryFile")
     of_files(Path, "open")
     return calls
 
@@ -547,6 +709,8 @@ def test_a_kill_at_every_write_rename_and_flush_leads_to_the_same_end(home, tmp_
     for at in range(1, moments):
         (folder := tmp_path / str(at)).mkdir()
         assert forked(lambda: killed(folder, at, *start))[0] == -signal.SIGKILL, at  # noqa: B023
+        left = set(os.listdir(folder / "run"))
+        assert "checkpoint.previous.pt" not in left or "checkpoint.pt" in left, at
         again = ["meta", "--resume=run"] if (folder / "run" / "config.json").exists() else start
         if at % 2:  # and the second time at another place
             forked(lambda: killed(folder, at % 13 + 1, *again))  # noqa: B023
@@ -554,6 +718,26 @@ def test_a_kill_at_every_write_rename_and_flush_leads_to_the_same_end(home, tmp_
         assert forked(lambda: (vars(metapt).update(PLAIN), command(folder, *again))) == (0, ""), at  # noqa: B023
         assert outcome(folder / "run") == expected, at
         assert {*os.listdir(folder / "run")} == {*os.listdir(tmp_path / "whole" / "run")}, at
+
+
+def test_the_checkpoint_before_is_kept_also_without_links_and_when_writing_fails(tmp_path, monkeypatch):
+    path, keep = tmp_path / "new", tmp_path / "old"
+
+    def fail(*_):
+        raise OSError(errno.EIO, "the disk is faulty")
+
+    metapt.save_whole(path, b"1", keep)
+    metapt.save_whole(path, b"2", keep)
+    assert contents(tmp_path) == {"new": b"2", "old": b"1"}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", fail)
+        metapt.save_whole(path, b"3", keep)
+    assert contents(tmp_path) == {"new": b"3", "old": b"2"}
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="faulty"):
+            patch.setattr(os, name, fail)
+            metapt.save_whole(path, b"4", keep)
+        assert contents(tmp_path) == {"new": b"3", "old": b"2"}
 
 
 @pytest.mark.parametrize("limit", [100, 1500, 4000, 20_000])
