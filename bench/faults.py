@@ -4,8 +4,10 @@
     python -m bench.faults --only 17 --seed 0        one case again: what was done, and what was said
 
 Bytes flipped, put in, zeroed, cut off; in text also words and lines; in JSON also keys removed and values of another type.
+With right sums: one value of what a file holds is altered, and the file written as the program itself would.
 A case is a command in a forked process. The exit status is 1 where a traceback came up, anything but the one line was
-said, or other numbers came out of a file whose content is promised to be checked (* in the table).
+said, or other numbers came out of a file whose content is promised to be checked (* in the table) or, with right sums,
+out of a value that the program cannot have written there: of another type or shape, or not finite.
 """
 
 import collections
@@ -15,15 +17,18 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import rich.console
 import scipy.stats  # noqa: F401 (with the next two, so that no fork needs to)
 import sklearn.datasets
@@ -39,38 +44,91 @@ sys.path += [str(ROOT / "data_scripts"), str(ROOT / "tests")]
 import datasets
 import files
 import hu_graphs
+import mnist
 import ptbxl
 import string_graphs
+import tools
 
 PROGRAMS = {"metapt": metapt.main, **{module.__name__: lambda module=module: files.run(vars(module)[module.__name__])
-                                      for module in (hu_graphs, ptbxl, string_graphs)}}  # fmt: skip
-SMALL = "--warmup=0 --batch-size=8 --meta-batch-size=8 --unroll-batch-size=8 --validation-batch-size=8 --compare=0 --width=1"
+                                      for module in (hu_graphs, mnist, ptbxl, string_graphs)}}  # fmt: skip
+SMALL = "--warmup=0 --batch-size=8 --meta-batch-size=8 --unroll-batch-size=8 --validation-batch-size=8 --compare=0"
 START = "metapt meta digits-noise --steps=12 --warmup=4 --meta-every=2 --batch-size=32 --meta-batch-size=32 --compare=0 --out=run"
-RESUME, ECG = "metapt meta --resume=run", f"metapt meta ecg --test-folds=1 --steps=1 --out=run {SMALL}"
-PPI, MEASURE = f"metapt meta ppi --steps=2 --out=run {SMALL}", "--compare=1 --measure-steps=2 --sizes=30 --out=run2"
-OF_RUNS = (RESUME, f"metapt finetune run {MEASURE}", f"metapt eval run {MEASURE}",
+RESUME, ECG = "metapt meta --resume=run", f"metapt meta ecg --test-folds=1 --steps=1 --out=run --width=1 {SMALL}"
+PPI, MEASURE = f"metapt meta ppi --steps=2 --out=run --width=1 {SMALL}", "--compare=1 --measure-steps=2 --out=run2"
+MNIST = f"metapt meta mnist-noise --steps=2 --meta-every=1 --out=run {SMALL}"
+OF_RUNS = (RESUME, f"metapt finetune run --sizes=30 {MEASURE}", f"metapt eval run --sizes=30 {MEASURE}",
            "metapt pretrain digits-noise --phi=run --steps=2 --compare=0 --out=run2")  # fmt: skip
+OWN = (
+    "metapt meta --resume=own/run",
+    f"metapt finetune own/run --sizes=5 {MEASURE}",
+    f"metapt eval own/run --sizes=5 {MEASURE}",
+)
+PTBXL = ("ptbxl --from ptbxl --data out", "ptbxl --from ptbxl --data out --strict")
+
+
+def with_bytes(folder: Path, path: Path, draw: random.Random) -> bool:
+    """Spoils a file; returns whether the program can have written it so. Of bytes, KINDS says what is promised."""
+    content = spoil(path.read_bytes(), path.name, draw)
+    path.unlink()  # it may be a link: `copied`
+    path.write_bytes(content)
+    return True
+
+
+def with_ptbxl_sums(folder: Path, path: Path, draw: random.Random) -> bool:
+    with_bytes(folder, path, draw)
+    datasets.write_sums(folder / "ptbxl")
+    return True
+
+
+def with_right_sum(folder: Path, path: Path, draw: random.Random) -> bool:
+    """Alters one value of config.json, or of the checkpoint."""
+    fits = []
+
+    def change(content):
+        content, right = alter(content, draw)
+        fits.append(right)
+        return content
+
+    tools.rewrite(path.parent, **{path.stem: change})
+    return fits[0]
+
+
+def both_checkpoints(folder: Path, path: Path, draw: random.Random) -> bool:
+    """The one before; in half of the cases the last one too, which then must be refused."""
+    with_bytes(folder, path, draw)
+    if spoilt := draw.random() < 0.5:
+        with_bytes(folder, path.with_name("checkpoint.pt"), draw)
+    return not spoilt
 
 
 class Kind(NamedTuple):
     pattern: str  # of the files
     commands: tuple[str, ...]  # that read them
     promised: bool = False  # no change of the content may go unnoticed
+    spoil: Callable[[Path, Path, random.Random], bool] = with_bytes
 
 
 KINDS = {
-    "config.json": Kind("run/config.json", OF_RUNS, True), "checkpoint": Kind("run/checkpoint.pt", OF_RUNS, True),
-    "metrics": Kind("run/metrics.jsonl", (RESUME,)),
+    "config.json": Kind("run/config.json", OF_RUNS, True),
+    "config.json, right sum": Kind("run/config.json", OF_RUNS, False, with_right_sum),
+    "checkpoint": Kind("run/checkpoint.pt", OF_RUNS, True),
+    "checkpoint, right sum": Kind("run/checkpoint.pt", OF_RUNS, False, with_right_sum),
+    "checkpoint before": Kind("run/checkpoint.previous.pt", OF_RUNS, False, both_checkpoints),
+    "metrics": Kind("run/metrics.jsonl", (RESUME,)), "summary.json": Kind("run/summary.json", (OF_RUNS[-1],)),
+    "domain file": Kind("own/toy.py", OWN, True),
+    "images": Kind("data/mnist/prepared/*", (MNIST,)),
     "graphs": Kind("data/ppi/published/*", (PPI,)), "ECGs": Kind("data/ecg/prepared/*", (ECG,)),
+    "images, --check": Kind("data/mnist/prepared/*.npy", ("mnist --check",), True),
     "graphs, --check": Kind("data/ppi/published/*.npy", ("hu_graphs --check",), True),
     "ECGs, --check": Kind("data/ecg/prepared/*.npy", ("ptbxl --check",), True),
     "STRING and GO": Kind("string/*.txt", ("string_graphs --from string --data out",)),
-    "PTB-XL": Kind("ptbxl/**/*.*", ("ptbxl --from ptbxl --data out", "ptbxl --from ptbxl --data out --strict")),
-    "PTB-XL, right sums": Kind("ptbxl/**/[ps0]*.*", ("ptbxl --from ptbxl --data out", "ptbxl --from ptbxl --data out --strict")),
+    "PTB-XL": Kind("ptbxl/**/*.*", PTBXL), "PTB-XL, right sums": Kind("ptbxl/**/[ps0]*.*", PTBXL, False, with_ptbxl_sums),
     "published graphs": Kind("source/published.pt", ("hu_graphs --from source/published.pt --data out",)),
 }  # fmt: skip
-OUTCOMES = REFUSED, SAME, OTHER, WORDY, TRACEBACK, ENDLESS = (
-    "refused in one line", "identical numbers", "other numbers", "other words", "traceback", "no end")  # fmt: skip
+OUTCOMES = REFUSED, SAME, OTHER, WRONG, WORDY, TRACEBACK, ENDLESS = ("refused in one line", "identical numbers",
+    "other numbers", "numbers of the impossible", "other words", "traceback", "no end")  # fmt: skip
+BAD = (WRONG, WORDY, TRACEBACK, ENDLESS)
+MOST = 8 << 30  # bytes of address space that a case may have
 NAN, DEEP = float("nan"), json.loads("[" * 500 + "]" * 500)
 ODD = [
     None,
@@ -98,6 +156,12 @@ ODD = [
 WORDS = [*"|nan|inf|-1|0|2|1e300|1e-30|x|None|'|[|\0|é|3.5|99999999999999999999".split("|"), "9" * 5000]  # noqa: SIM905
 
 
+TENSORS = [torch.zeros_like, torch.ones_like, torch.neg, lambda t: t + 1, lambda t: t * 1000, lambda t: t.roll(1), lambda t: t * NAN,
+           lambda t: t / 0, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bool, lambda t: t[None], lambda t: t.flatten()[1:],
+           torch.Tensor.to_sparse, lambda t: t.to("meta"), lambda t: torch.zeros(()).expand(t.shape), lambda t: torch.nn.Parameter(t.float()),
+           lambda t: t.tolist(), lambda t: None, lambda t: {"weight": t}, lambda t: torch.zeros(0)]  # fmt: skip
+
+
 def spoil(content: bytes, name: str, draw: random.Random) -> bytes:
     """Something else in its place, in one of the ways that its kind of file allows."""
     ways = ["flip", "put", "zero", "cut", "drop", "twice", "rubbish"] + ["json"] * 7 * ("json" in name)
@@ -109,7 +173,7 @@ def spoil(content: bytes, name: str, draw: random.Random) -> bytes:
     if way == "json":
         lines = content.splitlines() if name.endswith("l") else [content]
         number = draw.randrange(len(lines))
-        lines[number] = json.dumps(alter(json.loads(lines[number]), draw)).encode()
+        lines[number] = json.dumps(alter(json.loads(lines[number]), draw)[0]).encode()
         return b"".join(line + b"\n" for line in lines)
     if isinstance(way, bytes):  # what stands between two of it
         pieces = content.split(way)
@@ -123,17 +187,32 @@ def spoil(content: bytes, name: str, draw: random.Random) -> bytes:
 
 
 def alter(content, draw: random.Random):
-    """One value of another type, one key away, or one more, at some depth."""
-    if not isinstance(content, dict | list) or not content or draw.random() < 0.1:
-        return draw.choice((*ODD, -content if isinstance(content, int | float) else "/"))
-    key, way = draw.choice(list(content) if isinstance(content, dict) else range(len(content))), draw.random()
+    """One value of another type, one key away, or one more, at some depth; and whether it is of the kind that it was."""
+    if isinstance(content, torch.Tensor):
+        new = draw.choice(TENSORS)(content)
+        alike = isinstance(new, torch.Tensor) and (new.dtype, new.shape, new.layout) == (
+            content.dtype,
+            content.shape,
+            content.layout,
+        )
+        return new, alike and bool(new.isfinite().all())
+    if not isinstance(content, dict | list | tuple) or not content or draw.random() < 0.1:
+        new = draw.choice((*ODD, -content if isinstance(content, int | float) else "/"))
+        alike = type(new) is type(content) or (type(content) is float and type(new) is int) or content is None
+        return new, alike and (type(new) is not float or math.isfinite(new))
+    changed = dict(content) if isinstance(content, dict) else list(content)
+    key, way, alike = (
+        draw.choice(list(content) if isinstance(content, dict) else range(len(content))),
+        draw.random(),
+        False,
+    )
     if way < 0.15:
-        del content[key]
+        del changed[key]
     elif way < 0.25 and isinstance(content, dict):
-        content[draw.choice(WORDS)] = content[key]
+        changed[draw.choice(WORDS)] = content[key]
     else:
-        content[key] = alter(content[key], draw)
-    return content
+        changed[key], alike = alter(content[key], draw)
+    return (tuple(changed) if isinstance(content, tuple) else changed), alike
 
 
 def ended(folder: Path, command: str) -> tuple[int, str]:
@@ -145,10 +224,11 @@ def ended(folder: Path, command: str) -> tuple[int, str]:
                 os.chdir(folder)
                 sys.stdout, sys.stderr, sys.argv = open(os.devnull, "w"), said, command.split()  # noqa: SIM115
                 signal.setitimer(signal.ITIMER_PROF, 100)  # of its own time, however busy the machine is
+                resource.setrlimit(resource.RLIMIT_AS, (MOST, MOST))  # so that no other process pays for it
                 try:
                     PROGRAMS[sys.argv[0]]()
                 except SystemExit as left:
-                    status = left.code or 0
+                    status = left.code or 0 if isinstance(left.code, int | None) else 70
                 except BaseException:  # noqa: BLE001 (that is what is looked for)
                     traceback.print_exc()
                 said.flush()
@@ -158,10 +238,12 @@ def ended(folder: Path, command: str) -> tuple[int, str]:
         return status, said.read()
 
 
-def numbers(folder: Path) -> str:
+def numbers(folder: Path, kind: Kind) -> str:
     """Of what a command left: summaries without their clocks, and prepared data."""
-    summaries = [json.loads(path.read_text()) for path in sorted(folder.glob("run*/summary.json"))]
-    found = [[(name, value) for name, value in summary.items() if "seconds" not in name] for summary in summaries]
+    found = sorted(set(folder.glob("**/run*/summary.json")) - set(folder.glob(kind.pattern)))
+    summaries = [json.loads(path.read_text()) for path in found]
+    found = [[(name, value) for name, value in summary.items() if "seconds" not in name and name != "domain"]
+             for summary in summaries]  # fmt: skip
     found += [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("out/**/*.npy"))]
     return json.dumps(found)
 
@@ -173,25 +255,35 @@ def prepare(home: Path) -> dict[str, str]:
     datasets.write_string(home / "string")
     (home / "source").mkdir()
     datasets.write_published(home / "source" / "published.pt", datasets.generated(graphs=30), new=True)
+    datasets.write_mnist(home / "data" / "mnist" / "prepared", np.arange(60_000) % 10)
     metapt.CHECKPOINT_EVERY = 2
     metapt.save_figure(home / "figure.png", lambda figure: figure.subplots().plot([1, 2]))  # which imports much
     _ = metapt.find_domain("ppi"), metapt.find_domain("ecg")
-    assert ended(home, START) == (0, "")
-    (home / "run" / "checkpoint.previous.pt").replace(home / "run" / "checkpoint.pt")  # so that there are steps left
-    (home / "run" / "summary.json").unlink()
+    (home / "own").mkdir()
+    tools.toy_file(home / "own" / "toy.py")
+    for command in (START, "metapt meta own/toy.py --steps=16 --compare=0 --out=own/run"):
+        assert ended(home, command) == (0, ""), command
+    for run in (home / "run", home / "own" / "run"):
+        shutil.copy(run / "checkpoint.previous.pt", run / "checkpoint.pt")  # so that there are steps left
     clean = {}
     for kind in KINDS.values():
-        for command in kind.commands:
+        for command in set(kind.commands) - set(clean):
             with tempfile.TemporaryDirectory() as folder:
                 copied(home, kind, Path(folder))
                 assert ended(Path(folder), command) == (0, ""), command
-                clean[command] = numbers(Path(folder))
+                clean[command] = numbers(Path(folder), kind)
     return clean
 
 
 def copied(home: Path, kind: Kind, folder: Path) -> None:
-    part = kind.pattern.partition("/")[0]
-    shutil.copytree(home / part, folder / part)
+    part = kind.pattern.rpartition("/*")[0] if kind.pattern.startswith("data") else kind.pattern.partition("/")[0]
+    # Prepared data are large, and nothing writes into them.
+    shutil.copytree(home / part, folder / part, copy_function=os.link if part.startswith("data") else shutil.copy2)
+    if part == "own":  # its config.json says where the domain's file is
+        tools.rewrite(folder / "own" / "run", lambda config: config.update(domain=f"{folder / 'own' / 'toy.py'}:Toy"))
+    for left in folder.glob("**/run/summary.json"):  # of the end, which there is none of yet
+        if kind.pattern != "run/summary.json":
+            left.unlink()
 
 
 def outcome_of(home: Path, clean: dict, name: str, draw: random.Random) -> tuple[str, str]:
@@ -201,39 +293,40 @@ def outcome_of(home: Path, clean: dict, name: str, draw: random.Random) -> tuple
     with tempfile.TemporaryDirectory() as folder:
         copied(home, kind, folder := Path(folder))
         whole = (folder / path).read_bytes()
-        (folder / path).write_bytes(content := spoil(whole, path.name, draw))
-        if name == "PTB-XL, right sums":
-            datasets.write_sums(folder / "ptbxl")
+        possible = kind.spoil(folder, folder / path, draw)
+        content = (folder / path).read_bytes()
         status, said = ended(folder, command)
         done = f"{path}: {command}: {status}\n{said}"
         if status not in (0, 1, 2) or "Traceback" in said:
             return ENDLESS if status == -signal.SIGPROF else TRACEBACK, done
         if said.count("\n") != (status > 0) or not said.startswith(f"{command.split()[0]}: " * (status > 0)):
             return WORDY, done
-        same = content == whole if "--check" in command else numbers(folder) == clean[command]
-        return REFUSED if status else SAME if same else OTHER, done
+        same = content == whole if "--check" in command else numbers(folder, kind) == clean[command]
+        return REFUSED if status else SAME if same else OTHER if possible and not kind.promised else WRONG, done
 
 
 def main(cases: int = 1000, seed: int = 0, only: int | None = None, minutes: float = math.inf):
     """Spoils files at random, and prints a table of what came of it; after so many minutes, of what there is by then."""
     torch.set_num_threads(1)
-    table, failed, end = collections.Counter(), False, time.monotonic() + 60 * minutes
-    with tempfile.TemporaryDirectory() as home, contextlib.redirect_stdout(sys.stderr):
-        clean = prepare(home := Path(home))
-        for number in range(cases) if only is None else [only]:
-            if time.monotonic() > end:
-                break
-            name = list(KINDS)[number % len(KINDS)]
-            outcome, done = outcome_of(home, clean, name, random.Random(f"{seed} {number}"))
-            table[name, outcome] += 1
-            bad = outcome in (WORDY, TRACEBACK, ENDLESS) or (outcome == OTHER and KINDS[name].promised)
-            failed |= bad
-            if bad or only is not None:
-                print(f"case {number}: {outcome}: {done[-3000:]}\n", flush=True)
-    rows = [[name + " *" * KINDS[name].promised, *(str(table[name, o]) for o in OUTCOMES)] for name in KINDS]
-    rows.append(["all", *(str(sum(table[name, o] for name in KINDS)) for o in OUTCOMES)])
-    metapt.show_table(rich.console.Console(width=130), f"{table.total()} cases, seed {seed}", ["", *OUTCOMES], rows)
-    sys.exit(failed)
+    table, end = collections.Counter(), time.monotonic() + 60 * minutes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # with the table
+    try:
+        with tempfile.TemporaryDirectory() as home, contextlib.redirect_stdout(sys.stderr):
+            clean = prepare(home := Path(home))
+            for number in range(cases) if only is None else [only]:
+                if time.monotonic() > end:
+                    break
+                name = list(KINDS)[number % len(KINDS)]
+                outcome, done = outcome_of(home, clean, name, random.Random(f"{seed} {number}"))
+                table[name, outcome] += 1
+                if outcome in BAD or only is not None:
+                    print(f"case {number}: {outcome}: {done[-3000:]}\n", flush=True)
+    finally:
+        rows = [[name + " *" * kind.promised, *(str(table[name, o]) for o in OUTCOMES)] for name, kind in KINDS.items()]
+        rows.append(["all", *(str(sum(table[name, o] for name in KINDS)) for o in OUTCOMES)])
+        title = f"{table.total()} cases, seed {seed}"
+        metapt.show_table(rich.console.Console(width=150), title, ["", *OUTCOMES], rows)
+    sys.exit(any(outcome in BAD for _, outcome in table))
 
 
 if __name__ == "__main__":

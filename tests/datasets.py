@@ -21,7 +21,7 @@ import wfdb
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "data_scripts"))
 
-from files import digest
+from files import digest, prepared_folder
 from graphs import RawGraphs, prepare_graphs
 from ptbxl import LEADS
 
@@ -64,6 +64,16 @@ def write_ptbxl(folder: Path, records: int = 60) -> Path:
     (folder / "LICENSE.txt").write_text("none")
     write_sums(folder)
     return folder
+
+
+def write_mnist(folder: Path, labels: np.ndarray) -> None:
+    """Images of noise, prepared as MNIST is, with these training labels [60000]."""
+    random = np.random.default_rng(0)
+    with prepared_folder(folder, {"format": "metapt images 1", "source": "", "licence": "", "classes": 10}) as append:
+        append("train_images", random.integers(0, 256, (60_000, 28, 28), np.uint8))
+        append("train_labels", labels.astype(np.uint8))
+        append("test_images", random.integers(0, 256, (10_000, 28, 28), np.uint8))
+        append("test_labels", np.arange(10_000, dtype=np.uint8) % 10)
 
 
 def generated(graphs=300, tasks=60, species=(4932,), seed=0) -> RawGraphs:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import write_graphs, write_ptbxl
+from datasets import write_graphs, write_mnist, write_ptbxl
 from tools import ROOT, contents, main_in, outcome, refused, rewrite, summary_of, toy_file
 
 import metapt
@@ -391,18 +391,6 @@ def test_a_state_that_is_not_finite_is_not_saved(home, tmp_path, monkeypatch):
         and "learners.0.network.encoder.0.weight is not finite" in err
     )
     assert not (tmp_path / "run" / "checkpoint.pt").exists() and not (tmp_path / "run" / "summary.json").exists()
-
-
-def write_mnist(folder: Path, labels) -> None:
-    """Empty images, prepared as MNIST is, with these training labels."""
-    arrays = {"train_images": np.zeros((60_000, 28, 28), np.uint8), "train_labels": labels.astype(np.uint8),
-              "test_images": np.zeros((10_000, 28, 28), np.uint8), "test_labels": np.arange(10_000, dtype=np.uint8) % 10}  # fmt: skip
-    folder.mkdir(parents=True)
-    for name, values in arrays.items():
-        np.save(folder / f"{name}.npy", values)
-    facts = {name: {"dtype": v.dtype.str, "shape": list(v.shape), "sha256": "0" * 64} for name, v in arrays.items()}
-    about = {"format": "metapt images 1", "source": "", "licence": "", "classes": 10, "arrays": facts}
-    (folder / "about.json").write_text(json.dumps(about))
 
 
 @pytest.mark.parametrize("labels", [
