@@ -31,7 +31,7 @@ def write(folder: Path, about: dict, arrays: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values)
-    facts = {name: {"dtype": v.dtype.str, "shape": list(v.shape), "sha256": ""} for name, v in arrays.items()}
+    facts = {name: {"dtype": v.dtype.str, "shape": list(v.shape), "sha256": "0" * 64} for name, v in arrays.items()}
     (folder / "about.json").write_text(json.dumps({**about, "arrays": facts}))
 
 

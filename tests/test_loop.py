@@ -129,7 +129,7 @@ class Hostile:
         return pytest.fail, ("code in the data was run",)
 
 
-ARRAY = {"dtype": "<f4", "shape": [2, 3], "sha256": ""}
+ARRAY = {"dtype": "<f4", "shape": [2, 3], "sha256": "0" * 64}
 UNFIT = [  # what becomes of about.json, or of the array's bytes; the file that is named
     *(({"format": form}, "about.json") for form in ("form 2", None)), *(("[]{"[i:j], "about.json") for i, j in ((0, 2), (2, 3))),
     *(({"arrays": a}, "make data") for a in (None, {"values": {}}, {"values": 3}, {"others": ARRAY})),
