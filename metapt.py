@@ -1588,8 +1588,7 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
                     raise BadInput(f"{path} cannot be made: {error.strerror}") from None
         run, folder = cls(path), path
         for locked in (False, True):  # nothing of the user's is touched; what another process began meanwhile is seen
-            # A run that was killed before it had its config.json is begun anew.
-            begun = [path for path in folder.iterdir() if path.name.startswith(".metapt-config.json-")]
+            begun = list(folder.glob(".metapt-config.json-*"))  # of a run that was killed before it had one
             if any(path.name != LOCK and path not in begun for path in folder.iterdir()):
                 raise BadInput(f"{folder} is not empty: name another --out, or go on with --resume {folder}")
             if not locked:
@@ -1948,9 +1947,8 @@ def make_command(command: str, kind: type[Domain] | None = None):
 
     def run_command(**values):
         given = {f.name: value for f in fields if (value := values.pop(f.name)) is not None}
-        values = {"phi": None, "use": "chosen", "export": None} | values
-        ask = SimpleNamespace(**values, given=given, begun=time.perf_counter())
-        ask.console = rich.console.Console(stderr=ask.json)
+        ask = SimpleNamespace(**{"phi": None, "use": "chosen", "export": None} | values, given=given)
+        ask.console, ask.begun = rich.console.Console(stderr=ask.json), time.perf_counter()
         with contextlib.ExitStack() as ask.held:  # the lock on the run that the command makes or goes on with
             return train(command, kind, ask) if kind else measure_runs(command, ask)
 
