@@ -275,6 +275,10 @@ def interval(values) -> tuple[float, float]:  # the mean, and half of its 95 % i
     return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
 
 
+def gain(of: tuple[float, float]) -> str:
+    return f"{of[0]:+.1f}" + ("" if math.isnan(of[1]) else f" ± {of[1]:.1f}")
+
+
 def by_method(rows: list[dict]) -> dict[str, dict[int, dict]]:
     """Scores in %: method → seed → {(scope, FT examples): score}; with what `meta` chooses, by what it chooses by."""
     found, held = {}, {}
@@ -302,9 +306,10 @@ def summary(rows: list[dict]) -> list[dict]:
         seconds = [row["seconds"] for row in rows if row["method"] == method]
         lines.append({"method": method, "seeds": len(seeds), "cells": {
             cell: np.mean([found[method][seed][cell] for seed in seeds]) for cell in cells},
+            "gains": {c: interval([found[method][s][c] - found["default"][s][c] for s in seeds]) for c in cells},
             "mean": np.mean([mean[method][seed] for seed in seeds]), "gain": interval(gains), "worst": min(gains),
             "share": sum(gains) / sum(gap) if len(gap) == len(gains) and np.subtract(*interval(gap)) > 0 else None,
-            "seconds": np.mean(seconds) if seconds else None})  # fmt: skip
+            "seconds": np.mean(seconds) if seconds else 0.0})  # fmt: skip
     return lines
 
 
@@ -312,35 +317,42 @@ def summary(rows: list[dict]) -> list[dict]:
 def report(
     out: Annotated[Path, typer.Option(help="Where results are kept")] = RESULTS,
     variants: Annotated[bool, typer.Option(help="Also what was tried in choosing")] = False,
+    cells: Annotated[bool, typer.Option(help="In each cell the gain with its interval, not the mean")] = False,
+    markdown: Annotated[bool, typer.Option(help="As bench/README.md has them")] = False,
 ):
     """Tables by experiment, and bench/figures/worth.png."""
     figures = {}
     for path in sorted(out.glob("*.json")):
         if path.stem not in EXPERIMENTS and not variants:
             continue
-        first, rows = (
-            EXPERIMENTS[path.stem].first if path.stem in EXPERIMENTS else 0,
-            json.loads(path.read_text())["rows"],
-        )
-        lines = summary([row for row in rows if row["seed"] >= first])
+        first = EXPERIMENTS[path.stem].first if path.stem in EXPERIMENTS else 0
+        lines = summary([row for row in stored(path)["rows"] if row["seed"] >= first])
         if path.stem in EXPERIMENTS:
             figures[path.stem] = lines
-        cells = list(lines[0]["cells"])
+        shown = list(lines[0]["cells"])
         columns = [
             "",
-            "seeds",
-            *(f"{scope} {n}" for scope, n in cells),
+            *(f"{scope}, {n}" for scope, n in shown),
             "mean",
             "to default φ",
-            "worst seed",
+            "worst",
             "of the gap",
             "s",
+            "seeds",
         ]
-        table = [[NAMES[line["method"]], str(line["seeds"]), *(f"{line['cells'][cell]:.1f}" for cell in cells),
-                  f"{line['mean']:.1f}", f"{line['gain'][0]:+.1f} ± {line['gain'][1]:.1f}", f"{line['worst']:+.1f}",
-                  "–" if line["share"] is None else f"{100 * line['share']:.0f} %",
-                  "–" if line["seconds"] is None else f"{line['seconds']:.0f}"] for line in lines]  # fmt: skip
-        metapt.show_table(console, f"{path.stem} (test, %; gains with 95 % intervals)", columns, table)
+        table = []
+        for line in lines:
+            default = line["method"] == "default"
+            each = [f"{line['cells'][c]:.1f}" if default or not cells else gain(line["gains"][c]) for c in shown]
+            share = "" if default or line["share"] is None else f"{100 * line['share']:.0f} %"
+            versus = ["", ""] if default else [gain(line["gain"]), f"{line['worst']:+.1f}"]
+            table.append([NAMES[line["method"]], *each, f"{line['mean']:.1f}", *versus, share,
+                          f"{line['seconds']:.0f}", str(line["seeds"])])  # fmt: skip
+        if markdown:
+            for row in ([f"\n**{path.stem}**\n"], columns, ["---"] * len(columns), *table):
+                print(row[0] if len(row) == 1 else f"| {' | '.join(row)} |")
+        else:
+            metapt.show_table(console, f"{path.stem} (test, %; gains with 95 % intervals)", columns, table)
 
     def draw(figure):
         shown = {
