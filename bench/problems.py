@@ -5,22 +5,39 @@
     mlp         an MLP on digits, ten binary tasks, at a minimum (Newton steps until ‖∇L_PT‖ ≤ 1e-12); φ = task weights
     augment     the same MLP on digits that φ = (rotation, two shifts, scale) has moved
     early(T)    `mlp` after T momentum steps from its start: exact then means the derivative of that very procedure
+    digits(λ)   metapt's network for digits along PT; φ = logarithms of 300 example weights, at 0: plain cross-entropy
 
-Every exact value is computed twice, in ways that share no code: by a dense solve (or by autograd through all that
-happened), and by central differences of the whole pipeline, PT to a minimum included. None of it uses metapt.
+Every exact value but that of `digits` is computed twice, in ways that share no code: by a dense solve (or by autograd
+through all that happened), and by central differences of the whole pipeline, PT to a minimum included. For `digits`
+exact is −vᵀ(H + λI)⁻¹∇²_θφ L_PT, solved to 1e-10 by scipy. None of it uses metapt.
 """
 
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import linalg
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 
 Params = dict[str, Tensor]
 MOMENTUM = 0.9
+
+
+class Modules(NamedTuple):
+    """L_PT as libraries want it that read modules: the mean of `loss` over examples and outputs, times `weights`, and
+    a penalty whose Hessian is `damping`·I."""
+
+    network: nn.Module  # its parameters are θ's, in the same order
+    turn: Callable[[Tensor], Tensor]  # a tensor of θ as the module has it, and back
+    loss: nn.Module
+    x: Tensor
+    y: Tensor
+    weights: Tensor | None  # of outputs [c] or of examples [n, 1]
+    damping: float
 
 
 class Problem(NamedTuple):
@@ -38,6 +55,7 @@ class Problem(NamedTuple):
     pt_steps: int | None  # None: PT runs to its minimum
     examples: int  # PT examples
     exact: Tensor  # dL_V/dφ, flat
+    modules: Callable | None = None  # theta → Modules, where the PT network is made of layers
 
 
 def flat(params: Params) -> Tensor:
@@ -145,6 +163,12 @@ def _digits(n: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(data.images[order]) / 16, torch.from_numpy(data.target[order])
 
 
+def holding(network: nn.Module, theta: Params, turn=lambda t: t) -> None:
+    """The module's parameters become those of θ."""
+    for parameter, t in zip(network.parameters(), theta.values(), strict=True):
+        parameter.data = turn(t.detach()).clone(memory_format=torch.contiguous_format)
+
+
 def _finished(p: Problem) -> Problem:
     theta = pretrained(p, p.phi)
     p = p._replace(theta={name: t.detach() for name, t in theta.items()})
@@ -237,13 +261,22 @@ def _mlp(name: str, augmented: bool, pt_steps: int | None, decay: float = 1e-3) 
     def finetune_loss(theta, psi, x=xf, y=yf):
         return F.cross_entropy(hidden(theta, pixels(x)) @ psi["w"] + psi["b"], y)
 
+    def modules(theta):
+        network = nn.Sequential(nn.Linear(16, 10), nn.Tanh(), nn.Linear(10, 10)).double()
+        holding(network, theta, torch.t)
+        if augmented:
+            inputs = pixels(x, phi["moved"]).detach()
+            return Modules(network, torch.t, nn.CrossEntropyLoss(), inputs, y, None, 2 * decay)
+        weights = 10 * 2 * phi["weights"].sigmoid()  # L_PT sums over the ten tasks
+        return Modules(network, torch.t, nn.BCEWithLogitsLoss(), pixels(x), targets, weights, 2 * decay)
+
     phi = {"moved": torch.tensor([3.0, 0.5, -0.5, 1.0], dtype=torch.float64)} if augmented else {
         "weights": _random(10, seed=7)}  # fmt: skip
     start = {"w1": 0.5 * _random(16, 10, seed=1), "b1": torch.zeros(10, dtype=torch.float64),
              "w2": 0.5 * _random(10, 10, seed=2), "b2": torch.zeros(10, dtype=torch.float64)}  # fmt: skip
     psi = {"w": 0.1 * _random(10, 10, seed=3), "b": torch.zeros(10, dtype=torch.float64)}
     p = Problem(name, pretrain_loss, finetune_loss, lambda t, s: finetune_loss(t, s, xv, yv), start, start,
-                psi, phi, 0.3, 10, 0.05, pt_steps, 300, None)  # fmt: skip
+                psi, phi, 0.3, 10, 0.05, pt_steps, 300, None, modules)  # fmt: skip
     if pt_steps is None:  # close to a minimum first: Newton's method alone would go to any saddle
         p = p._replace(theta={name: t.detach() for name, t in descend(p, phi, 3000).items()})
     return _finished(p)
@@ -262,6 +295,70 @@ def augment() -> Problem:
 @cache
 def early(steps: int) -> Problem:
     return _mlp(f"early({steps})", False, steps)
+
+
+def _digits_network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+                         nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10)).double()  # fmt: skip
+
+
+@cache
+def _digits_theta(steps: int = 300, decay: float = 1e-2) -> Params:
+    images, labels = _digits(460)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = _digits_network()
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        penalty = decay / 2 * sum(p.square().sum() for p in network.parameters())
+        (F.cross_entropy(network(images[:300, None]), labels[:300]) + penalty).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in network.named_parameters()}
+
+
+@cache
+def digits(damping: float) -> Problem:
+    """The network of metapt's digits domains after 300 steps of Adam: far from a minimum, where H itself is indefinite.
+
+    λ comes in as λ/2·‖θ − θ*‖², whose Hessian is all that is not zero at θ*.
+    """
+    images, labels = _digits(460)
+    x, xf, xv = images[:, None].split([300, 60, 100])
+    y, yf, yv = labels.split([300, 60, 100])
+    theta, network = _digits_theta(), _digits_network()
+
+    def pretrain_loss(t, phi, rows=slice(None)):
+        losses = F.cross_entropy(torch.func.functional_call(network, t, (x[rows],)), y[rows], reduction="none")
+        near = damping / 2 * sum((t[name] - theta[name]).square().sum() for name in theta)
+        return (phi["log_weights"][rows].exp() * losses).mean() + near
+
+    encoder = network[:-1]
+
+    def finetune_loss(t, psi, x=xf, y=yf):
+        inner = {name: t[name] for name, _ in encoder.named_parameters()}
+        return F.cross_entropy(torch.func.functional_call(encoder, inner, (x,)) @ psi["w"] + psi["b"], y)
+
+    def modules(t):
+        layers = _digits_network()
+        holding(layers, t)
+        return Modules(layers, lambda t: t, nn.CrossEntropyLoss(), x, y, None, damping)
+
+    psi = {"w": 0.1 * _random(32, 10, seed=3), "b": torch.zeros(10, dtype=torch.float64)}
+    p = Problem(f"digits({damping:g})", pretrain_loss, finetune_loss, lambda t, s: finetune_loss(t, s, xv, yv), theta,
+                theta, psi, {"log_weights": torch.zeros(300, dtype=torch.float64)}, 0.3, 10, 0.05, None, 300, None,
+                modules)  # fmt: skip
+
+    here, phi = leaves(theta), leaves(p.phi)
+    v = flat(grad(after_finetuning(p, here), here)).numpy()
+    gradient = flat(grad(pretrain_loss(here, phi), here, create_graph=True))
+
+    def product(d):
+        return flat(grad(gradient, here, grad_outputs=torch.from_numpy(d.reshape(-1)), retain_graph=True)).numpy()
+
+    q, failed = linalg.cg(linalg.LinearOperator((len(v), len(v)), product, dtype=np.float64), v, rtol=1e-10, maxiter=2000)
+    assert not failed and np.linalg.norm(product(q) - v) <= 1e-9 * np.linalg.norm(v)
+    return p._replace(exact=-flat(grad(gradient, phi, grad_outputs=torch.from_numpy(q))))
 
 
 FROZEN = {"ridge": ridge, "logistic": logistic, "mlp": mlp, "augment": augment}
