@@ -1,14 +1,18 @@
 """How right each hypergradient is, and what it costs.
 
-    python -m bench.accuracy          the frozen problems, the early-stopped ones, mini-batches, an online run
-    python -m bench.accuracy report   tables and bench/figures/accuracy.png from bench/results/accuracy.json
+    python -m bench.accuracy            the frozen problems, the early-stopped ones, digits, mini-batches, an online run
+    python -m bench.accuracy kronecker  Kronecker-factored curvature and digits alone; the rest stays as it is stored
+    python -m bench.accuracy report     tables and bench/figures/accuracy.png from bench/results/accuracy.json
 
 Costs are counted, not timed. A product is one Hessian-vector or mixed-derivative product, or, of a preconditioner, two
 passes' worth of examples; "PT steps" are the FLOPs of all passes, those of FT included, in units of one forward and
-backward pass of L_PT over the same examples. FLOPs are those of matrix products and convolutions.
+backward pass of L_PT over the same examples. FLOPs are those of matrix products and convolutions, and with Kronecker
+factors of their eigendecompositions.
 """
 
 import contextlib
+import functools
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -23,13 +27,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import metapt
-from bench import peers, problems
+from bench import counting, peers, problems
 from bench.problems import Problem, flat, unflat
 from metapt import Solver, Unroll
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "accuracy.json"
 ROWS = 32  # examples of a mini-batch
+DAMPING = 0.1  # of `digits`, as the domain digits-noise has it
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = rich.console.Console(width=150)
 
@@ -64,6 +69,7 @@ def estimators(p: Problem) -> dict[str, Callable[[], Tensor]]:
             found[f"cg {terms}, Fisher of {examples}"] = lambda t=terms, n=examples: ours(
                 p, Solver("cg", t), preconditioner=peers.fisher(p, min(n, p.examples), 1e-3)
             )
+    found |= preconditioned(p, 1e-3)
     found["EvoGrad"] = lambda: peers.evograd(p)
     found["EvoGrad, mean of 20"] = lambda: sum(peers.evograd(p, seed) for seed in range(20)) / 20
     if p.pt_steps is not None:
@@ -75,9 +81,43 @@ def estimators(p: Problem) -> dict[str, Callable[[], Tensor]]:
     return found
 
 
+def preconditioned(p: Problem, fisher: float, damping: float = 0.0) -> dict[str, Callable[[], Tensor]]:
+    """The inverse of approximate curvature alone, and of Kronecker factors as a preconditioner too."""
+
+    def ask(solver, make):
+        return lambda: ours(p, solver, preconditioner=make())
+
+    makes = {f"Fisher of {n}": lambda n=n: peers.fisher(p, min(n, p.examples), fisher) for n in (50, 200)}
+    found = {f"identity, {name}": ask(Solver("identity"), make) for name, make in makes.items()}
+    if p.modules is None:
+        return found
+    for name, options in {"KFAC": {"corrected": False}, "EKFAC": {}, "EKFAC, type 2": {"fisher": "type-2"}}.items():
+        make = functools.partial(peers.kronecker, p.modules(p.theta), **options)
+        found[f"identity, {name}"] = ask(Solver("identity"), make)
+        for terms in (2, 5, 10, 19):
+            found[f"cg {terms}, {name}"] = ask(Solver("cg", terms, damping=damping), make)
+    return found
+
+
+def on_digits(p: Problem) -> dict[str, Callable[[], Tensor]]:
+    """The estimators for `digits`: the same, with its damping."""
+    found = {"identity": lambda: ours(p, Solver("identity")),
+             "neumann 20": lambda: ours(p, Solver("neumann", 20, damping=DAMPING))}  # fmt: skip
+    for terms in (2, 5, 10, 20, 50):
+        found[f"cg {terms}"] = lambda t=terms: ours(p, Solver("cg", t, damping=DAMPING))
+    for rank in (5, 10, 20, 50):
+        found[f"nystrom {rank}"] = lambda r=rank: ours(p, Solver("nystrom", r, damping=DAMPING))
+    for n, terms in itertools.product((50, 200), (2, 5, 10, 19)):
+        found[f"cg {terms}, Fisher of {n}"] = lambda n=n, t=terms: ours(
+            p, Solver("cg", t, damping=DAMPING), preconditioner=peers.fisher(p, n, DAMPING)
+        )
+    return found | preconditioned(p, DAMPING, DAMPING)
+
+
 @contextlib.contextmanager
-def counted():
-    """Yields a dict; afterwards it holds the FLOPs and metapt's products of what ran inside."""
+def counted(also=None):
+    """Yields a dict; afterwards it holds the FLOPs and metapt's products of what ran inside. `also`: formulas of more
+    operations, as `FlopCounterMode` takes them."""
     found, real = {"products": 0}, metapt.solve
 
     def solve(product, *arguments):
@@ -87,16 +127,16 @@ def counted():
 
         return real(one, *arguments)
 
-    with mock.patch.object(metapt, "solve", solve), FlopCounterMode(display=False) as flops:
+    flops = FlopCounterMode(display=False, custom_mapping=also)
+    flops.mod_tracker = counting._Everything()
+    with mock.patch.object(metapt, "solve", solve), flops:
         yield found
     found["flops"] = flops.get_total_flops()
 
 
 def pt_step_flops(p: Problem, rows=None) -> int:
     theta = problems.leaves(p.theta)
-    with FlopCounterMode(display=False) as flops:
-        p.pretrain_loss(theta, p.phi, **({} if rows is None else {"rows": rows})).backward()
-    return flops.get_total_flops()
+    return counting.flops(lambda: p.pretrain_loss(theta, p.phi, **({} if rows is None else {"rows": rows})).backward())
 
 
 def agreement(found: Tensor, exact: Tensor) -> dict[str, float]:
@@ -108,10 +148,18 @@ def agreement(found: Tensor, exact: Tensor) -> dict[str, float]:
 
 
 def measure(p: Problem, name: str, estimator: Callable[[], Tensor]) -> dict:
-    with counted() as cost:
-        found = estimator()
-    preconditioner = int(name.split()[-1]) / (2 * p.examples) if "Fisher" in name else 0
-    return {"problem": p.name, "estimator": name, "products": math.ceil(cost["products"] + min(preconditioner, 0.5)),
+    """A row; that of a library which is not installed says so."""
+    factors = "KFAC" in name
+    try:
+        with counted(counting.EIGENVECTORS if factors else None) as cost:
+            found = estimator()
+    except ImportError as error:
+        return {"problem": p.name, "estimator": name, "error": str(error)}
+    preconditioner = min(int(name.split()[-1]) / (2 * p.examples), 0.5) if "Fisher" in name else 0
+    if factors:  # forward and backward over all examples; one backward pass per output; again for the eigenvalues
+        outputs = 10 if "type 2" in name else 1
+        preconditioner = (1 + 2 * outputs) / 3 / 2 * (2 if "EKFAC" in name else 1)
+    return {"problem": p.name, "estimator": name, "products": math.ceil(cost["products"] + preconditioner),
             "pt_steps": cost["flops"] / pt_step_flops(p), **agreement(found, p.exact)}  # fmt: skip
 
 
@@ -250,7 +298,7 @@ def run(context: typer.Context):
     if context.invoked_subcommand:
         return
     torch.set_num_threads(1)
-    found = {"torch": torch.__version__, "problems": [], "frozen": [], "minibatch": [], "online": []}
+    found = {"torch": torch.__version__, "problems": [], "frozen": [], "digits": [], "minibatch": [], "online": []}
     for make in {**problems.FROZEN, **problems.EARLY}.values():
         p = make()
         found["problems"].append(facts(p))
@@ -258,11 +306,36 @@ def run(context: typer.Context):
             found["frozen"].append(measure(p, name, estimator))
         metapt.save_json(RESULTS, found)
         console.print(f"{p.name}: {len(estimators(p))} estimators")
+    digits(found)
     found["minibatch"] = minibatches(problems.mlp())
     for batch in (300, 100):
         for damping in (0.01, 0.1):
             found["online"] += online(batch, damping)
             metapt.save_json(RESULTS, found)
+    report()
+
+
+def digits(found: dict) -> None:
+    p, found["digits"] = problems.digits(DAMPING), []
+    for name, estimator in on_digits(p).items():
+        found["digits"].append(measure(p, name, estimator))
+        metapt.save_json(RESULTS, found)
+
+
+@app.command()
+def kronecker():
+    """Estimators that are not stored yet, those of Kronecker factors, and all of digits."""
+    torch.set_num_threads(1)
+    found = json.loads(RESULTS.read_text())
+    if found["torch"] != torch.__version__:
+        raise typer.BadParameter(f"{RESULTS} is of torch {found['torch']}: make all of it again")
+    stored = {(row["estimator"], row["problem"]): row for row in found["frozen"] if "KFAC" not in row["estimator"]}
+    found["frozen"] = []
+    for make in {**problems.FROZEN, **problems.EARLY}.values():
+        p = make()
+        for name, estimator in estimators(p).items():
+            found["frozen"].append(stored.get((name, p.name)) or measure(p, name, estimator))
+    digits(found)
     report()
 
 
@@ -279,11 +352,10 @@ def report():
     rows = []
     for estimator in dict.fromkeys(row["estimator"] for row in found["frozen"]):
         here = [cell.get((estimator, name)) for name in names]
-        cost = [row for row in here if row]
-        products = max(row["products"] for row in cost)
-        rows.append([estimator, f"{products or ''}", f"{np.median([row['pt_steps'] for row in cost]):.1f}",
-                     *(f"{row['cosine']:.3f}" if row else "" for row in here)])  # fmt: skip
+        rows.append(cells(estimator, here))
     metapt.show_table(console, "cosine to the exact hypergradient", ["", "products", "PT steps", *names], rows)
+    rows = [cells(row["estimator"], [row]) for row in found["digits"]]
+    metapt.show_table(console, f"digits, damping {DAMPING}", ["", "products", "PT steps", "cosine"], rows)
     rows = [[row["estimator"], f"{row['cosine']:.2f} ± {row['spread']:.2f}"] for row in found["minibatch"]]
     metapt.show_table(console, f"mlp, one mini-batch of {ROWS} of 300", ["", "cosine ± s.d."], rows)
     for batch in (300, 100):
@@ -294,6 +366,16 @@ def report():
             columns = ["", "PT steps a meta step", "mean cosine", "lowest", "≥ 0.95 (%)"]
             metapt.show_table(console, f"online, batch {batch} of 300, damping {damping}", columns, rows)
     draw(found)
+
+
+def cells(estimator: str, rows: list[dict | None]) -> list[str]:
+    """A line of the table: what it costs, and the cosine of each problem."""
+    cost = [row for row in rows if row and "error" not in row]
+    if not cost:
+        return [estimator, "", "", *(row["error"] if row else "" for row in rows)]
+    products = max(row["products"] for row in cost)
+    return [estimator, f"{products or ''}", f"{np.median([row['pt_steps'] for row in cost]):.1f}",
+            *(f"{row['cosine']:.3f}" if row and "error" not in row else "" for row in rows)]  # fmt: skip
 
 
 def draw(found: dict) -> None:

@@ -7,7 +7,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-
 # Of a symmetric eigendecomposition with its vectors (Golub and Van Loan, "Matrix Computations", section 8.3).
 EIGENVECTORS = {torch.ops.aten._linalg_eigh: lambda shape, *_, **__: 9 * shape[-1] ** 3}
 

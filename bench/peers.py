@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.problems import MOMENTUM, Params, Problem, after_finetuning, flat, grad, leaves, unflat
+from bench.problems import MOMENTUM, Modules, Params, Problem, after_finetuning, flat, grad, leaves, unflat
 
 
 def _v(p: Problem, theta: Params) -> Tensor:
@@ -139,7 +139,7 @@ def fisher(p: Problem, examples: int, damping: float, seed: int = 0) -> Callable
     return apply
 
 
-def kronecker(p: Problem, corrected: bool = True, fisher: str = "mc") -> Callable[[Params], Params]:
+def kronecker(pt: Modules, corrected: bool = True, fisher: str = "mc") -> Callable[[Params], Params]:
     """r → (K + damping·I)⁻¹r, where K is the Kronecker-factored Fisher of PT, by curvlinops; a penalty is the damping.
 
     KFAC: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML 2015;
@@ -149,7 +149,7 @@ def kronecker(p: Problem, corrected: bool = True, fisher: str = "mc") -> Callabl
     """
     from curvlinops import EKFACLinearOperator, KFACInverseLinearOperator, KFACLinearOperator
 
-    network, turn, loss, x, y, weights, damping = p.modules(p.theta)
+    network, turn, loss, x, y, weights, damping = pt
     model = network if weights is None else _Weighted(network, weights.sqrt())
     curvature = (EKFACLinearOperator if corrected else KFACLinearOperator)(
         model, loss, list(network.parameters()), [(x, y)], check_deterministic=False, fisher_type=fisher,

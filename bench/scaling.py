@@ -1,12 +1,15 @@
 """How time, FLOPs and memory of one meta step grow, against one plain PT step of the same batch.
 
     python -m bench.scaling [--device cuda]     every sweep: bench/results/scaling-DEVICE.json, table and figure
+    python -m bench.scaling --only SWEEP        this one, such as "PT parameters, EKFAC"; the others as they are stored
     python -m bench.scaling report              table and bench/figures/scaling.png from what was found
 
 A sweep changes one thing and leaves the rest as in `CENTRE`. FLOPs and bytes saved for backward are counted, on CUDA the
-peak of allocated bytes too; times are medians of five, the meta step and the PT step taking turns.
+peak of allocated bytes too; times are medians of five, the meta step and the PT step taking turns. EKFAC is q = M⁻¹v
+with the Kronecker-factored Fisher of the batch, by curvlinops; what it keeps beside the graph is in no count of bytes.
 """
 
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -18,9 +21,11 @@ import torch
 import torch.nn.functional as F
 import typer
 from scipy import stats
+from torch import nn
 
 import metapt
-from bench import counting
+from bench import counting, peers
+from bench.problems import Modules, holding
 from metapt import Solver, Unroll
 
 HERE = Path(__file__).parent
@@ -37,6 +42,7 @@ class Size(NamedTuple):
     batch: int = 128  # PT, FT and validation examples alike
     hvp: str = "exact"
     scope: str = "head"
+    factors: bool = False  # EKFAC in place of the Neumann series
 
 
 CENTRE = Size()
@@ -45,6 +51,7 @@ COUNTS = (1, 2, 5, 10, 14, 20, 28, 40, 56, 80, 100)
 SWEEPS = {
     "PT parameters": [Size(width=w) for w in WIDTHS],
     "PT parameters, finite": [Size(width=w, hvp="finite") for w in WIDTHS],
+    "PT parameters, EKFAC": [Size(width=w, factors=True) for w in WIDTHS if w <= 1024],
     "meta-parameters": [Size(weights=round(10 ** (n / 2))) for n in range(15)],
     "terms": [Size(terms=t) for t in (0, *COUNTS)],
     "terms, finite": [Size(terms=t, hvp="finite") for t in (0, *COUNTS)],
@@ -82,6 +89,8 @@ class Workload:
         self.optimizer = torch.optim.Adam(self.theta.values(), 1e-4)
         self.unroll = Unroll(size.ft_steps, 1e-3, scope=size.scope)
         self.solver = Solver("neumann", size.terms, alpha=0.01, hvp=size.hvp)
+        if size.factors:
+            self.solver = Solver("identity", hvp=size.hvp)
 
     def hidden(self, theta, x):
         return torch.tanh(torch.tanh(x @ theta["a"]) @ theta["b"])
@@ -104,7 +113,17 @@ class Workload:
     def meta_step(self, q0=None) -> metapt.Hypergradient:
         theta = {name: t.detach() for name, t in self.theta.items()}
         return metapt.hypergradient(self.pretrain_loss, self.finetune_loss, self.validation_loss, theta, self.psi, self.phi,
-                             unroll=self.unroll, solver=self.solver, q0=q0)  # fmt: skip
+                             unroll=self.unroll, solver=self.solver, q0=q0,
+                             preconditioner=self.kronecker(theta) if self.size.factors else None)  # fmt: skip
+
+    def kronecker(self, theta):
+        w, device = self.size.width, self.x.device
+        sizes = [(64, w), (w, w), (w, 32)]
+        a, b, head = (nn.utils.skip_init(nn.Linear, *size, bias=False, device=device) for size in sizes)
+        network = nn.Sequential(a, nn.Tanh(), b, nn.Tanh(), head)
+        holding(network, theta, torch.t)
+        weights = 2 * self.phi["weights"][self.rows].sigmoid()[:, None]
+        return peers.kronecker(Modules(network, torch.t, nn.MSELoss(), self.x, self.y, weights, 0.1))
 
 
 def measure(size: Size, device: str = "cpu", repeats: int = 5) -> dict:
@@ -152,16 +171,26 @@ def slope(x, y) -> tuple[float, float]:
 
 
 @app.callback(invoke_without_command=True)
-def run(context: typer.Context, device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu"):
+def run(context: typer.Context, device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+        only: Annotated[str, typer.Option(help="One sweep, the others stay as they are")] = ""):  # fmt: skip
     if context.invoked_subcommand:
         return
     torch.set_num_threads(1)
-    found = {"torch": torch.__version__, "device": device, "sweeps": {}}
+    path, found = HERE / "results" / f"scaling-{device}.json", {"torch": torch.__version__, "device": device, "sweeps": {}}
+    if only:
+        found = json.loads(path.read_text())
+        if only not in SWEEPS or found["torch"] != torch.__version__:
+            raise typer.BadParameter(f"{only!r} is no sweep, or {path} is of torch {found['torch']}, not this one")
     for name, sizes in SWEEPS.items():
+        if only and name != only:
+            continue
+        if sizes[0].factors and not importlib.util.find_spec("curvlinops"):
+            console.print(f"{name}: not run, curvlinops is not installed (bench/requirements.txt)")
+            continue
         found["sweeps"][name] = []
         for size in sizes + (HUGE.get(name, []) if device == "cuda" else []):
             found["sweeps"][name].append(measure(size, device))
-        metapt.save_json(HERE / "results" / f"scaling-{device}.json", found)
+        metapt.save_json(path, found)
         console.print(f"{name}: {len(sizes)} sizes")
     report(device)
 
@@ -172,7 +201,7 @@ def report(device: str = "cpu"):
     found = json.loads((HERE / "results" / f"scaling-{device}.json").read_text())["sweeps"]
     rows = []
     for name, sweep in found.items():
-        x = [row[AXES[name.removesuffix(", finite").removesuffix(" of everything")]] for row in sweep]
+        x = [row[AXES[name.split(",")[0].removesuffix(" of everything")]] for row in sweep]
         cells = [name, f"{x[0]:,} … {x[-1]:,}"]
         for quantity in ("seconds", "flops", "bytes"):
             fitted, half = slope(x, [row[f"meta_step_{quantity}"] for row in sweep])

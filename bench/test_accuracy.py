@@ -1,5 +1,7 @@
 """The exact values agree with each other, the comparison estimators do what their papers say, cosines stay above floors."""
 
+import sys
+
 import pytest
 import torch
 
@@ -79,6 +81,48 @@ def test_the_fisher_preconditioner_inverts_the_fisher_of_its_examples():
     r = torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = problems.flat(peers.fisher(p, 30, damping)(problems.unflat(r, p.theta)))
     assert off(found, torch.linalg.solve(fisher, r)) < 1e-9
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("loss", ["tasks", "classes"])
+def test_kronecker_factors_of_one_example_and_layer_invert_its_hessian(loss, corrected):
+    """There the Fisher is one Kronecker product and the Hessian, so that nothing is approximated: weights and penalty."""
+    pytest.importorskip("curvlinops")
+    theta = {"w": torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}
+    x = torch.randn(1, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights, y, damping = {"tasks": (torch.tensor([0.2, 1.0, 3.0]), torch.tensor([[1.0, 0.0, 1.0]]), 1e-2),
+                           "classes": (torch.tensor([[2.5]]), torch.tensor([2]), 1e-2)}[loss]  # fmt: skip
+    network = torch.nn.Linear(4, 3, bias=False).double()
+    problems.holding(network, theta, torch.t)
+    weights, y = weights.double(), y.double() if loss == "tasks" else y
+    criterion = torch.nn.BCEWithLogitsLoss() if loss == "tasks" else torch.nn.CrossEntropyLoss()
+
+    def pretrain_loss(w):
+        logits = x @ w.reshape(4, 3)
+        one = torch.nn.functional.cross_entropy(logits, y, reduction="none")[:, None] if loss == "classes" else (
+            torch.nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="none"))  # fmt: skip
+        return (weights * one).mean() + damping / 2 * w.square().sum()
+
+    hessian = torch.func.hessian(pretrain_loss)(theta["w"].flatten())
+    r = torch.randn(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    pt = problems.Modules(network, torch.t, criterion, x, y, weights, damping)
+    found = peers.kronecker(pt, corrected, fisher="type-2")({"w": r.reshape(4, 3)})["w"].flatten()
+    assert off(found, torch.linalg.solve(hessian, r)) < 1e-9
+
+
+def test_kronecker_factors_alone_are_worth_more_than_five_products():
+    pytest.importorskip("curvlinops")
+    p = problems.mlp()
+    estimators = accuracy.estimators(p)
+    cosines = {name: accuracy.measure(p, name, estimators[name])["cosine"] for name in ("identity, EKFAC", "cg 5")}
+    assert cosines["identity, EKFAC"] >= 0.85 > cosines["cg 5"]
+
+
+def test_a_row_says_that_its_library_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "curvlinops", None)
+    p = problems.mlp()
+    row = accuracy.measure(p, "identity, EKFAC", accuracy.estimators(p)["identity, EKFAC"])
+    assert "curvlinops" in row["error"] and row["error"] == accuracy.cells("identity, EKFAC", [row])[-1]
 
 
 # Floors a little below what was measured (python -m bench.accuracy): a hypergradient that became wrong falls under them.

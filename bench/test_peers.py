@@ -1,10 +1,16 @@
 """The same estimates by other libraries: where they are installed (bench/requirements.txt), they agree with ours."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
 
-from bench import libraries
+import metapt
+from bench import libraries, problems
 
 # Not betty's cg: its next direction is made from the residual before the step, so it is not conjugate gradients.
 SAME = ["higher, published procedure", "betty neumann", "torchopt neumann", "torchopt cg", "metapt neumann, finite",
@@ -24,6 +30,47 @@ def test_libraries_agree(name):
     truth = libraries.ours(task, method)
     # TorchOpt takes Adam's 1 − β₂ᵗ in the default dtype, float32: off by 1e-5, with float64 as default by 1e-15.
     assert ((found - truth).norm() / truth.norm()).item() < (1e-4 if name == "torchopt neumann, Adam" else 1e-5)
+
+
+def test_a_loop_of_ones_own_takes_kronecker_factors():
+    """As bench/README.md says; layers of a network whose PT loss is a mean of cross-entropies."""
+    curvlinops = pytest.importorskip("curvlinops")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    (x, xf), (y, yf) = torch.randn(2, 200, 8).double(), torch.randint(5, (2, 200))
+    theta = {name: p.detach() for name, p in network.named_parameters()}
+    phi, damping = {"log_weights": torch.zeros(200).double()}, 0.01
+
+    def kronecker(network, inputs, targets, damping):
+        curvature = curvlinops.EKFACLinearOperator(
+            network, nn.CrossEntropyLoss(), list(network.parameters()), [(inputs, targets)],
+            check_deterministic=False, separate_weight_and_bias=False,
+        )  # fmt: skip
+        inverse = curvlinops.KFACInverseLinearOperator(curvature, damping=damping, use_exact_damping=True)
+        return lambda r: dict(zip(r, inverse @ list(r.values()), strict=True))
+
+    def pretrain_loss(theta, phi):
+        losses = F.cross_entropy(functional_call(network, theta, (x,)), y, reduction="none")
+        return (phi["log_weights"].exp() * losses).mean() + damping / 2 * sum(p.square().sum() for p in theta.values())
+
+    theta = problems.minimise(SimpleNamespace(pretrain_loss=pretrain_loss, name="own"), phi, theta)
+    problems.holding(network, theta)
+
+    def found(solver, **options):
+        def validation_loss(theta, psi):
+            return F.cross_entropy(functional_call(network, theta, (xf,)) * psi["scale"], yf)
+
+        result = metapt.hypergradient(pretrain_loss, validation_loss, validation_loss, theta,
+                                      {"scale": torch.ones(5).double()}, phi, solver=solver, **options)  # fmt: skip
+        return result.phi["log_weights"]
+
+    exact = found(metapt.Solver("cg", 2000))
+    cosine = {name: F.cosine_similarity(found(solver, **options), exact, 0).item() for name, solver, options in (
+        ("identity", metapt.Solver("identity"), {}), ("cg", metapt.Solver("cg", 5), {}),
+        ("alone", metapt.Solver("identity"), {"preconditioner": kronecker(network, x, y, damping)}),
+        ("within cg", metapt.Solver("cg", 5), {"preconditioner": kronecker(network, x, y, damping)}))}  # fmt: skip
+    print(cosine)
+    assert cosine["alone"] > cosine["identity"] and cosine["within cg"] > cosine["cg"], cosine
 
 
 def test_a_library_that_fails_is_named_with_its_error(monkeypatch):
