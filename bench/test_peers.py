@@ -69,7 +69,6 @@ def test_a_loop_of_ones_own_takes_kronecker_factors():
         ("identity", metapt.Solver("identity"), {}), ("cg", metapt.Solver("cg", 5), {}),
         ("alone", metapt.Solver("identity"), {"preconditioner": kronecker(network, x, y, damping)}),
         ("within cg", metapt.Solver("cg", 5), {"preconditioner": kronecker(network, x, y, damping)}))}  # fmt: skip
-    print(cosine)
     assert cosine["alone"] > cosine["identity"] and cosine["within cg"] > cosine["cg"], cosine
 
 
