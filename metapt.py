@@ -185,8 +185,8 @@ def hypergradient(
     start = _point(theta=theta, psi=psi)
     value, gradient, end, ft_state = gradient_through_finetuning(finetune, validation, start, unroll, solver, ft_state)
     v, psi0, psi_k = _group(gradient, "theta"), _group(gradient, "psi"), _group(end, "psi")
-    _finite(L_V={"": value}, v=v, psi0=psi0)
-    if not any(g.any() for g in gradient.values()):
+    largest = _finite(L_V={"": value}, v=v, psi0=psi0)
+    if not (largest["v"] or largest["psi0"]):
         validation.require_paths("validation_loss", end, ("theta or psi",), allow_unused)
 
     # q ≈ (∇²_θθ L_PT)⁻¹ v, from products Hd and dᵀ∇²_θφ L_PT (None for what is not asked)
@@ -198,13 +198,14 @@ def hypergradient(
         hessian_d = _flat(change, inner) + solver.damping * d if hessian else None
         return hessian_d, _flat(change, outer) if mixed else None
 
-    q, mixed, residual = solve(product, _flat(v), q0, solver, theta, preconditioner)
+    q, mixed, residual = _flat(v), 0.0, 0.0
+    if largest["v"]:
+        q, mixed, residual = solve(product, q, q0, solver, theta, preconditioner)
 
     # dL_V/dφ = −qᵀ ∇²_θφ L_PT
     q, hyper = _unflat(q, theta), _unflat(torch.zeros_like(_flat(phi)) - mixed, phi)
-    if not any(g.any() for g in hyper.values()):  # if v = 0, also the pass that the random generators are owed
+    if not _finite(q=q, phi=hyper, psi_K=psi_k)["phi"]:  # if v = 0, also the pass that the random generators are owed
         pretrain.require_paths("pretrain_loss", point, ("theta", "phi"), allow_unused)
-    _finite(q=q, phi=hyper, psi_K=psi_k)
     if residual >= 1:  # a constant text, so that it is shown once
         warnings.warn("‖Hq − v‖ ≥ ‖v‖: q is no better than 0; where H is indefinite, damping helps", stacklevel=2)
     return Hypergradient(hyper, psi0, value, {name: t.clone() for name, t in psi_k.items()}, q, ft_state, residual)
@@ -278,13 +279,8 @@ def finetune_step_adjoint(adjoint: Tensor, moments: tuple, g: Tensor, after: dic
 
 def solve(product, v: Tensor, q0: Params | None, solver: Solver, theta: Params, preconditioner):
     """q, qᵀ∇²_θφ L_PT (a plain 0 where q = 0) and ‖Hq − v‖ / ‖v‖ (nan where it would cost a product of its own)."""
-
-    def precondition(r: Tensor) -> Tensor:
-        return _flat(preconditioner(_unflat(r, theta)), theta) if preconditioner else r
-
+    precondition = (lambda r: _flat(preconditioner(_unflat(r, theta)), theta)) if preconditioner else lambda r: r
     q0 = None if q0 is None else _flat(q0, theta)
-    if not v.any():
-        return v, 0.0, 0.0
     if solver.method == "identity":
         q = precondition(v)
         return q, product(q, hessian=False)[1], torch.nan
@@ -308,22 +304,25 @@ def neumann(product, v, q0, terms, alpha):
 
 
 def conjugate_gradients(product, v, q0, terms, tol, precondition):
-    """Preconditioned conjugate gradients; Hq and qᵀ∇²_θφ L_PT are carried along with q, being linear in it."""
+    """Preconditioned conjugate gradients; Hq and qᵀ∇²_θφ L_PT are carried along with q, being linear in it. What decides
+    is brought to the host once an iteration, as it has to wait for the device each time."""
     q, hessian_q, mixed = (torch.zeros_like(v), 0.0, 0.0) if q0 is None else (q0, *product(q0))
-    r = v - hessian_q
-    p = rz = None
-    for _ in range(terms):
-        if r.norm() <= tol * v.norm():
-            break
+    r, p, rz = v - hessian_q, None, None
+    done, residual = torch.stack([r.norm() <= tol * v.norm(), r.norm() / v.norm()]).tolist()
+    for _ in range(0 if done else terms):
         z = precondition(r)
         rz, previous = r @ z, rz
         p = z if p is None else z + (rz / previous) * p
         hessian_p, mixed_p = product(p)
-        if (curvature := p @ hessian_p) <= 0:  # no minimum this way: the quadratic model ends here, and so does its use
+        a = rz / (curvature := p @ hessian_p)
+        r = r - a * hessian_p
+        useless, done, after = torch.stack([curvature <= 0, r.norm() <= tol * v.norm(), r.norm() / v.norm()]).tolist()
+        if useless:  # no minimum this way: the quadratic model ends here, and so does its use
             break
-        a = rz / curvature
-        q, r, mixed = q + a * p, r - a * hessian_p, mixed + a * mixed_p
-    return q, mixed, (r.norm() / v.norm()).item()
+        q, mixed, residual = q + a * p, mixed + a * mixed_p, after
+        if done:
+            break
+    return q, mixed, residual
 
 
 def nystrom(product, v, rank, damping, seed):
@@ -336,8 +335,7 @@ def nystrom(product, v, rank, damping, seed):
     _require(rank == n or damping > 0, "Solver.damping", damping, f"positive for nystrom of rank {rank} < {n}")
     basis = torch.linalg.qr(_normal(n, rank, like=v, seed=seed)).Q
     sketch = torch.stack([product(d, mixed=False)[0] for d in basis.T], dim=1)
-    _finite(q={"": sketch})  # linalg would say so less clearly
-    if not sketch.any():  # no curvature at all: nothing to invert
+    if not _finite(q={"": sketch})["q"]:  # no curvature at all: nothing to invert (linalg would say so less clearly)
         return torch.zeros_like(v), 0.0, 1.0
     core = basis.T @ sketch
     core = (core + core.T) / 2
@@ -466,12 +464,14 @@ def _normal(*shape: int, like: Tensor, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
 
 
-def _finite(**results: Params) -> None:
-    """Raises FloatingPointError that names what is not finite."""
-    for label, tensors in results.items():
-        bad = [name for name, t in tensors.items() if not t.isfinite().all()]
-        if bad:
-            raise FloatingPointError(f"{label} is not finite{': ' + ', '.join(bad) if bad != [''] else ''}")
+def _finite(**results: Params) -> dict[str, float]:
+    """The largest |number| in each, by one wait for the device; FloatingPointError that names what is not finite."""
+    tensors = {(label, name): t for label, each in results.items() for name, t in each.items() if t.numel()}
+    sizes = dict(zip(tensors, torch.stack([t.abs().max() for t in tensors.values()]).tolist(), strict=True))
+    if bad := [key for key, size in sizes.items() if not size < torch.inf]:
+        names = ", ".join(name for label, name in bad if label == bad[0][0])
+        raise FloatingPointError(f"{bad[0][0]} is not finite" + f": {names}" * (names != ""))
+    return {label: max([size for (of, _), size in sizes.items() if of == label], default=0.0) for label in results}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -741,6 +741,10 @@ class Domain(abc.ABC):
     def decorate(self, axis) -> None: ...  # adds to the figure of φ along the run what only the domain knows
 
 
+def on_host(index: Tensor) -> Tensor:  # `index` on the CPU; of a mini-batch without waiting for the device
+    return getattr(index, "on_host", index).cpu()
+
+
 def detached(module: nn.Module) -> Params:
     return {name: p.detach() for name, p in module.named_parameters()}
 
@@ -836,13 +840,18 @@ def held_out(domain: "Domain") -> int:  # how many FT examples, the last, say wh
 class Stream:  # indices of mini-batches: a new permutation each epoch, without its incomplete end
     def __init__(self, n: int, batch: int, device: torch.device):
         self.n, self.batch, self.device = n, min(batch, n), device
-        self.order, self.position = torch.randperm(n), 0
+        self.place(torch.randperm(n), 0)
+
+    def place(self, order: Tensor, position: int) -> None:  # a whole epoch is sent at once, and none waits for it
+        self.order, self.position, self.there = order, position, order.to(self.device, non_blocking=True)
 
     def next(self) -> Tensor:
         if self.position + self.batch > self.n:
-            self.order, self.position = torch.randperm(self.n), 0
+            self.place(torch.randperm(self.n), 0)
         self.position += self.batch
-        return self.order[self.position - self.batch : self.position].to(self.device)
+        index, ours = (o[self.position - self.batch : self.position] for o in (self.there, self.order))
+        index.on_host = ours  # see `on_host`
+        return index
 
 
 def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
@@ -929,7 +938,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
                 self.average[name] = before + (p - before) / self.averaged
         self.skipped_in_a_row, self.meta_steps = 0, self.meta_steps + 1
         self.losses |= {"validation_loss": result.value, "residual": result.residual}
-        self.recent = [*self.recent[-9:], result.value.item()]
+        self.recent = [*self.recent[-9:], result.value]
 
     def learned(self) -> nn.Module:  # φ, or its average over the end of the run where that was asked for
         meta = copy.deepcopy(self.meta)
@@ -940,6 +949,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         state = {name: getattr(self, name).state_dict() for name in self.MODULES}
         state |= {name: getattr(self, name) for name in self.VALUES}
         state["losses"] = {name: float(value) for name, value in self.losses.items()}
+        state["recent"] = [float(value) for value in self.recent]
         return state | {"streams": {name: (stream.order, stream.position) for name, stream in self.streams.items()}}
 
     def load_state_dict(self, state: dict) -> None:
@@ -951,7 +961,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
                 value = {k: each.to(device) if isinstance(each, Tensor) else each for k, each in value.items()}
             setattr(self, name, value)
         for name, stream in self.streams.items():
-            stream.order, stream.position = state["streams"][name]
+            stream.place(*state["streams"][name])
 
 
 def finite(value) -> bool:
@@ -1026,7 +1036,7 @@ class Training:
             # Successive halving (Jamieson and Talwalkar, AISTATS 2016): as a stage ends the better particles stay.
             wanted = next(count for count, share in settings.plan if share >= self._progress(self.step))
             if len(self.learners) > wanted:
-                self.learners.sort(key=lambda learner: np.mean(learner.recent) if learner.recent else math.inf)
+                self.learners.sort(key=lambda learner: np.mean(list(map(float, learner.recent or [math.inf]))))
                 del self.learners[wanted:]
             each(self)
             if -(-self.step // every) % CHECKPOINT_EVERY == 0 or self.step == steps:
