@@ -535,6 +535,8 @@ POSITIVE_IF_GIVEN = (lambda x: x is None or x > 0, "positive")
 SHARE, ANYTHING = (lambda x: 0 < x <= 1, "more than 0 and at most 1"), (lambda x: True, "")
 PARTS = one_of("validation", "all")
 SCOPES, HVPS = one_of("head", "all"), one_of("", "exact", "finite")
+PRECISIONS = one_of("float32", "bf16")
+BF16_STEP = 0.1  # of finite products: at a shorter one the rounding of gradients tells (bench/precision.py)
 SIZES = (re.compile(r"(\d{1,9}(,\d{1,9})*)?").fullmatch, "numbers such as 30,100,300")
 PARTICLES = (re.compile(r"\d{1,9}(:0?\.\d+)?(,\d{1,9}(:0?\.\d+)?)*").fullmatch,
              "as 6:0.35,3:0.9,1: falling numbers down to 1, rising shares of the run")  # fmt: skip
@@ -560,6 +562,8 @@ class Settings:
     batch_size: int = option(64, "PT examples a step", PRETRAINING, AT_LEAST_1)
     lr: float = option(1e-3, "Learning rate of PT (Adam)", PRETRAINING, POSITIVE)
     cosine: bool = option(False, "That rate falls to 0 along a cosine", PRETRAINING)
+    precision: str = option("float32", "Of the network's passes, in losses: float32 or bf16", PRETRAINING, PRECISIONS)
+    compile: bool = option(False, "Its encoder through torch.compile", PRETRAINING)
     warmup: int = option(100, "PT steps before the first meta step", PRETRAINING, AT_LEAST_0, learning=True)
     unroll_lr: float = option(1e-2, "Learning rate of FT, beside PT too (Adam)", UNROLLING, POSITIVE, learning=False)
     unroll_batch_size: int = option(64, "FT examples a step", UNROLLING, AT_LEAST_1, learning=False)
@@ -629,8 +633,8 @@ class Settings:
 
     @property
     def inverse(self) -> Solver:
-        return Solver(self.solver, self.terms, self.alpha, self.damping, seed=self.seed, hvp=self.hvp,
-                      step=self.hvp_step)  # fmt: skip
+        step = self.hvp_step or (BF16_STEP if self.precision == "bf16" else None)
+        return Solver(self.solver, self.terms, self.alpha, self.damping, seed=self.seed, hvp=self.hvp, step=step)
 
     @property
     def plan(self) -> list[tuple[int, float]]:  # how many particles there are until which share of the run
@@ -655,10 +659,15 @@ class Network(nn.Module):  # θ. With `features=True` it stops at what the encod
 
 def call(module: nn.Module, params: Params, *inputs, train: bool = False, live: bool = False, **options):
     """`module(*inputs)` with other parameters. Buffers (BatchNorm's statistics) are copies, so that no pass changes
-    what the next one sees, unless `live`."""
+    what the next one sees, unless `live`. Where `module.precision` is "bf16" it runs under autocast; what comes out is
+    float32 all the same, as are parameters and gradients."""
     module.train(train)
     buffers = {name: b if live else b.clone() for name, b in module.named_buffers()}
-    return torch.func.functional_call(module, {**params, **buffers}, inputs, options)
+    lower = getattr(module, "precision", "float32") == "bf16"
+    device = next(iter(params.values())).device.type
+    with torch.autocast(device, torch.bfloat16) if lower else contextlib.nullcontext():
+        found = torch.func.functional_call(module, {**params, **buffers}, inputs, options)
+    return found.float() if lower and isinstance(found, Tensor) else found
 
 
 class Domain(abc.ABC):
@@ -742,7 +751,7 @@ class Domain(abc.ABC):
 
 
 def on_host(index: Tensor) -> Tensor:  # `index` on the CPU; of a mini-batch without waiting for the device
-    return getattr(index, "on_host", index).cpu()
+    return index.on_host if hasattr(index, "on_host") else index.cpu()
 
 
 def detached(module: nn.Module) -> Params:
@@ -868,6 +877,9 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         settings = self.settings = domain.settings
         self.domain, self.number = domain, 0
         self.network, self.head, self.meta = domain.network(), domain.head(), domain.meta()
+        self.network.precision = settings.precision  # of the losses below: what measures θ runs in float32
+        if settings.compile:
+            self.network.encoder.compile()
         self.psi = {name: p.detach().clone() for name, p in self.head.named_parameters()}
         self.optimizer, rates = adam(list(self.network.parameters()), settings.lr), domain.phi_rates(self.meta)
         groups = [{"params": [p], "initial_lr": rates[name]} for name, p in self.meta.named_parameters()]
@@ -917,7 +929,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
                 domain.pretrain_loss(self.network, self.meta, streams["meta"].next(), progress, live=False), finetune,
                 self.validation_loss(), detached(self.network), self.psi, detached(self.meta),
                 unroll=settings.unroll, solver=settings.inverse, ft_state=self.ft_state)  # fmt: skip
-            if result.residual >= 1 and not any(q.any() for q in result.q.values()):
+            if result.residual >= 1 and not _finite(q=result.q)["q"]:
                 raise FloatingPointError("q = 0, the PT Hessian curves down along v: --damping may help")
         except FloatingPointError as error:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
