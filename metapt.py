@@ -563,7 +563,7 @@ class Settings:
     lr: float = option(1e-3, "Learning rate of PT (Adam)", PRETRAINING, POSITIVE)
     cosine: bool = option(False, "That rate falls to 0 along a cosine", PRETRAINING)
     precision: str = option("float32", "Of the network's passes, in losses: float32 or bf16", PRETRAINING, PRECISIONS)
-    compile: bool = option(False, "Its encoder through torch.compile", PRETRAINING)
+    compile: bool = option(False, "These passes through torch.compile", PRETRAINING)
     warmup: int = option(100, "PT steps before the first meta step", PRETRAINING, AT_LEAST_0, learning=True)
     unroll_lr: float = option(1e-2, "Learning rate of FT, beside PT too (Adam)", UNROLLING, POSITIVE, learning=False)
     unroll_batch_size: int = option(64, "FT examples a step", UNROLLING, AT_LEAST_1, learning=False)
@@ -657,6 +657,15 @@ class Network(nn.Module):  # θ. With `features=True` it stops at what the encod
         return hidden if features else self.head(hidden)
 
 
+@functools.cache
+def compiled_call():
+    """torch.func.functional_call, compiled: parameters are inputs, where a compiled module may hold on to its own."""
+    torch._functorch.config.donated_buffer = False  # passes of one graph share what was saved for backward
+    torch._dynamo.config.recompile_limit = 64  # a code for each set of what has a gradient, mode and kind of size
+    run = lambda module, params, inputs, options: torch.func.functional_call(module, params, inputs, options)
+    return torch.compile(run, options={"fallback_random": True})  # dropout as without
+
+
 def call(module: nn.Module, params: Params, *inputs, train: bool = False, live: bool = False, **options):
     """`module(*inputs)` with other parameters. Buffers (BatchNorm's statistics) are copies, so that no pass changes
     what the next one sees, unless `live`. Where `module.precision` is "bf16" it runs under autocast; what comes out is
@@ -665,8 +674,9 @@ def call(module: nn.Module, params: Params, *inputs, train: bool = False, live: 
     buffers = {name: b if live else b.clone() for name, b in module.named_buffers()}
     lower = getattr(module, "precision", "float32") == "bf16"
     device = next(iter(params.values())).device.type
+    run = compiled_call() if getattr(module, "compiled", False) else torch.func.functional_call
     with torch.autocast(device, torch.bfloat16) if lower else contextlib.nullcontext():
-        found = torch.func.functional_call(module, {**params, **buffers}, inputs, options)
+        found = run(module, {**params, **buffers}, inputs, options)
     return found.float() if lower and isinstance(found, Tensor) else found
 
 
@@ -877,9 +887,8 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         settings = self.settings = domain.settings
         self.domain, self.number = domain, 0
         self.network, self.head, self.meta = domain.network(), domain.head(), domain.meta()
-        self.network.precision = settings.precision  # of the losses below: what measures θ runs in float32
-        if settings.compile:
-            self.network.encoder.compile()
+        # Of losses alone: what measures θ calls the network as it is.
+        self.network.precision, self.network.compiled = settings.precision, settings.compile
         self.psi = {name: p.detach().clone() for name, p in self.head.named_parameters()}
         self.optimizer, rates = adam(list(self.network.parameters()), settings.lr), domain.phi_rates(self.meta)
         groups = [{"params": [p], "initial_lr": rates[name]} for name, p in self.meta.named_parameters()]
@@ -1014,6 +1023,9 @@ class Training:
         self.domain, self.settings, self.learn = domain, domain.settings, learn
         if missing := {"pretrain", "finetune", "validation", *domain.tests} - set(domain.sizes):
             raise BadInput(f"{type(domain).__name__}.sizes lacks {', '.join(sorted(missing))}")
+        twice = "exact" in (self.settings.hvp, self.settings.unroll_scope == "all" and self.settings.unroll_hvp)
+        if self.settings.compile and learn and twice:
+            raise BadInput("--compile needs finite products: --hvp finite, and in --unroll-scope all --unroll-hvp finite")
         torch.manual_seed(self.settings.seed)
         first = Learner(domain)
         if phi is not None:
@@ -1097,7 +1109,8 @@ class Training:
 
 
 def check_losses(learner: Learner, learn: bool) -> None:  # BadInput where a loss depends on none of θ, φ or ψ
-    domain, network = learner.domain, learner.network
+    domain, network = learner.domain, copy.deepcopy(learner.network)
+    network.compiled = False  # two examples are not worth it
     few = torch.arange(min(2, *domain.sizes.values()), device=domain.device)
     theta, phi, psi = ({name: p.clone().requires_grad_() for name, p in params.items()}
                        for params in (detached(network), detached(learner.meta), learner.psi))  # fmt: skip
@@ -2289,7 +2302,8 @@ def main() -> None:
             message = misplaced(option, sys.argv[1:])
     except OSError as error:  # a file in a folder's place, a disk that is full
         status, message = 1 if error.errno in (*FULL, errno.EPIPE, errno.EIO, errno.ENOMEM) else 2, str(error)
-    except (Failed, KeyboardInterrupt, typer.Abort) as error:
+    except (Failed, KeyboardInterrupt, typer.Abort,
+            getattr(sys.modules.get("torch._dynamo.exc"), "BackendCompilerFailed", Failed)) as error:  # fmt: skip
         status, message = 1, str(error) or "stopped"
     except (MemoryError, RuntimeError) as error:  # the latter: torch's words for it
         if not re.search("MemoryError|(not enough|allocate|out of) memory|bad_alloc", repr(error)):
