@@ -3,6 +3,7 @@ an accelerator would have to be waited for."""
 
 import contextlib
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
@@ -111,6 +112,21 @@ def waits(work) -> Counter:
     with _OfPython(found), _OfATen(found):
         work()
     return found
+
+
+def in_turn(works: dict, repeats: int, device: torch.device) -> dict[object, list[float]]:
+    """Seconds that each of `works` takes, in turn, by its key; the first time, which builds what later ones reuse, is left
+    out."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    taken = {key: [] for key in works}
+    for _ in range(repeats + 1):
+        for key, work in works.items():
+            wait()
+            begun = time.perf_counter()
+            work()
+            wait()
+            taken[key].append(time.perf_counter() - begun)
+    return {key: seconds[1:] for key, seconds in taken.items()}
 
 
 class _Saved:
