@@ -124,7 +124,9 @@ def agree(bench: Bench) -> None:
             given = {"hvp": hvp, "hvp_step": 0.1 if hvp == "finite" else None, "solver": "identity", "damping": 0.0}
 
             def work(name=name, given=given):
-                learners = [learner_of(bench.domain(name, device, **given)) for device in (torch.device("cpu"), bench.device)]
+                learners = [
+                    learner_of(bench.domain(name, device, **given)) for device in (torch.device("cpu"), bench.device)
+                ]
                 first, found, value = learners[0], [], []
                 at = {part: stream.next() for part, stream in first.streams.items()}
                 for learner in learners:
