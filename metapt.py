@@ -185,8 +185,8 @@ def hypergradient(
     start = _point(theta=theta, psi=psi)
     value, gradient, end, ft_state = gradient_through_finetuning(finetune, validation, start, unroll, solver, ft_state)
     v, psi0, psi_k = _group(gradient, "theta"), _group(gradient, "psi"), _group(end, "psi")
-    _finite(L_V={"": value}, v=v, psi0=psi0)
-    if not any(g.any() for g in gradient.values()):
+    largest = _finite(L_V={"": value}, v=v, psi0=psi0)
+    if not (largest["v"] or largest["psi0"]):
         validation.require_paths("validation_loss", end, ("theta or psi",), allow_unused)
 
     # q ≈ (∇²_θθ L_PT)⁻¹ v, from products Hd and dᵀ∇²_θφ L_PT (None for what is not asked)
@@ -198,13 +198,14 @@ def hypergradient(
         hessian_d = _flat(change, inner) + solver.damping * d if hessian else None
         return hessian_d, _flat(change, outer) if mixed else None
 
-    q, mixed, residual = solve(product, _flat(v), q0, solver, theta, preconditioner)
+    q, mixed, residual = _flat(v), 0.0, 0.0
+    if largest["v"]:
+        q, mixed, residual = solve(product, q, q0, solver, theta, preconditioner)
 
     # dL_V/dφ = −qᵀ ∇²_θφ L_PT
     q, hyper = _unflat(q, theta), _unflat(torch.zeros_like(_flat(phi)) - mixed, phi)
-    if not any(g.any() for g in hyper.values()):  # if v = 0, also the pass that the random generators are owed
+    if not _finite(q=q, phi=hyper, psi_K=psi_k)["phi"]:  # if v = 0, also the pass that the random generators are owed
         pretrain.require_paths("pretrain_loss", point, ("theta", "phi"), allow_unused)
-    _finite(q=q, phi=hyper, psi_K=psi_k)
     if residual >= 1:  # a constant text, so that it is shown once
         warnings.warn("‖Hq − v‖ ≥ ‖v‖: q is no better than 0; where H is indefinite, damping helps", stacklevel=2)
     return Hypergradient(hyper, psi0, value, {name: t.clone() for name, t in psi_k.items()}, q, ft_state, residual)
@@ -278,13 +279,8 @@ def finetune_step_adjoint(adjoint: Tensor, moments: tuple, g: Tensor, after: dic
 
 def solve(product, v: Tensor, q0: Params | None, solver: Solver, theta: Params, preconditioner):
     """q, qᵀ∇²_θφ L_PT (a plain 0 where q = 0) and ‖Hq − v‖ / ‖v‖ (nan where it would cost a product of its own)."""
-
-    def precondition(r: Tensor) -> Tensor:
-        return _flat(preconditioner(_unflat(r, theta)), theta) if preconditioner else r
-
+    precondition = (lambda r: _flat(preconditioner(_unflat(r, theta)), theta)) if preconditioner else lambda r: r
     q0 = None if q0 is None else _flat(q0, theta)
-    if not v.any():
-        return v, 0.0, 0.0
     if solver.method == "identity":
         q = precondition(v)
         return q, product(q, hessian=False)[1], torch.nan
@@ -308,22 +304,25 @@ def neumann(product, v, q0, terms, alpha):
 
 
 def conjugate_gradients(product, v, q0, terms, tol, precondition):
-    """Preconditioned conjugate gradients; Hq and qᵀ∇²_θφ L_PT are carried along with q, being linear in it."""
+    """Preconditioned conjugate gradients; Hq and qᵀ∇²_θφ L_PT are carried along with q, being linear in it. What decides
+    is brought to the host once an iteration, as it has to wait for the device each time."""
     q, hessian_q, mixed = (torch.zeros_like(v), 0.0, 0.0) if q0 is None else (q0, *product(q0))
-    r = v - hessian_q
-    p = rz = None
-    for _ in range(terms):
-        if r.norm() <= tol * v.norm():
-            break
+    r, p, rz = v - hessian_q, None, None
+    done, residual = torch.stack([r.norm() <= tol * v.norm(), r.norm() / v.norm()]).tolist()
+    for _ in range(0 if done else terms):
         z = precondition(r)
         rz, previous = r @ z, rz
         p = z if p is None else z + (rz / previous) * p
         hessian_p, mixed_p = product(p)
-        if (curvature := p @ hessian_p) <= 0:  # no minimum this way: the quadratic model ends here, and so does its use
+        a = rz / (curvature := p @ hessian_p)
+        r = r - a * hessian_p
+        useless, done, after = torch.stack([curvature <= 0, r.norm() <= tol * v.norm(), r.norm() / v.norm()]).tolist()
+        if useless:  # no minimum this way: the quadratic model ends here, and so does its use
             break
-        a = rz / curvature
-        q, r, mixed = q + a * p, r - a * hessian_p, mixed + a * mixed_p
-    return q, mixed, (r.norm() / v.norm()).item()
+        q, mixed, residual = q + a * p, mixed + a * mixed_p, after
+        if done:
+            break
+    return q, mixed, residual
 
 
 def nystrom(product, v, rank, damping, seed):
@@ -336,8 +335,7 @@ def nystrom(product, v, rank, damping, seed):
     _require(rank == n or damping > 0, "Solver.damping", damping, f"positive for nystrom of rank {rank} < {n}")
     basis = torch.linalg.qr(_normal(n, rank, like=v, seed=seed)).Q
     sketch = torch.stack([product(d, mixed=False)[0] for d in basis.T], dim=1)
-    _finite(q={"": sketch})  # linalg would say so less clearly
-    if not sketch.any():  # no curvature at all: nothing to invert
+    if not _finite(q={"": sketch})["q"]:  # no curvature at all: nothing to invert (linalg would say so less clearly)
         return torch.zeros_like(v), 0.0, 1.0
     core = basis.T @ sketch
     core = (core + core.T) / 2
@@ -466,12 +464,14 @@ def _normal(*shape: int, like: Tensor, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
 
 
-def _finite(**results: Params) -> None:
-    """Raises FloatingPointError that names what is not finite."""
-    for label, tensors in results.items():
-        bad = [name for name, t in tensors.items() if not t.isfinite().all()]
-        if bad:
-            raise FloatingPointError(f"{label} is not finite{': ' + ', '.join(bad) if bad != [''] else ''}")
+def _finite(**results: Params) -> dict[str, float]:
+    """The largest |number| in each, by one wait for the device; FloatingPointError that names what is not finite."""
+    tensors = {(label, name): t for label, each in results.items() for name, t in each.items() if t.numel()}
+    sizes = dict(zip(tensors, torch.stack([t.abs().max() for t in tensors.values()]).tolist(), strict=True))
+    if bad := [key for key, size in sizes.items() if not size < torch.inf]:
+        names = ", ".join(name for label, name in bad if label == bad[0][0])
+        raise FloatingPointError(f"{bad[0][0]} is not finite" + f": {names}" * (names != ""))
+    return {label: max([size for (of, _), size in sizes.items() if of == label], default=0.0) for label in results}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -535,6 +535,8 @@ POSITIVE_IF_GIVEN = (lambda x: x is None or x > 0, "positive")
 SHARE, ANYTHING = (lambda x: 0 < x <= 1, "more than 0 and at most 1"), (lambda x: True, "")
 PARTS = one_of("validation", "all")
 SCOPES, HVPS = one_of("head", "all"), one_of("", "exact", "finite")
+PRECISIONS = one_of("float32", "bf16")
+BF16_STEP = 0.1  # of finite products: at a shorter one the rounding of gradients tells (bench/precision.py)
 SIZES = (re.compile(r"(\d{1,9}(,\d{1,9})*)?").fullmatch, "numbers such as 30,100,300")
 PARTICLES = (re.compile(r"\d{1,9}(:0?\.\d+)?(,\d{1,9}(:0?\.\d+)?)*").fullmatch,
              "as 6:0.35,3:0.9,1: falling numbers down to 1, rising shares of the run")  # fmt: skip
@@ -560,6 +562,8 @@ class Settings:
     batch_size: int = option(64, "PT examples a step", PRETRAINING, AT_LEAST_1)
     lr: float = option(1e-3, "Learning rate of PT (Adam)", PRETRAINING, POSITIVE)
     cosine: bool = option(False, "That rate falls to 0 along a cosine", PRETRAINING)
+    precision: str = option("float32", "Of the network's passes, in losses: float32 or bf16", PRETRAINING, PRECISIONS)
+    compile: bool = option(False, "These passes through torch.compile", PRETRAINING)
     warmup: int = option(100, "PT steps before the first meta step", PRETRAINING, AT_LEAST_0, learning=True)
     unroll_lr: float = option(1e-2, "Learning rate of FT, beside PT too (Adam)", UNROLLING, POSITIVE, learning=False)
     unroll_batch_size: int = option(64, "FT examples a step", UNROLLING, AT_LEAST_1, learning=False)
@@ -629,8 +633,8 @@ class Settings:
 
     @property
     def inverse(self) -> Solver:
-        return Solver(self.solver, self.terms, self.alpha, self.damping, seed=self.seed, hvp=self.hvp,
-                      step=self.hvp_step)  # fmt: skip
+        step = self.hvp_step or (BF16_STEP if self.precision == "bf16" else None)
+        return Solver(self.solver, self.terms, self.alpha, self.damping, seed=self.seed, hvp=self.hvp, step=step)
 
     @property
     def plan(self) -> list[tuple[int, float]]:  # how many particles there are until which share of the run
@@ -653,12 +657,27 @@ class Network(nn.Module):  # θ. With `features=True` it stops at what the encod
         return hidden if features else self.head(hidden)
 
 
+@functools.cache
+def compiled_call():
+    """torch.func.functional_call, compiled: parameters are inputs, where a compiled module may hold on to its own."""
+    torch._functorch.config.donated_buffer = False  # passes of one graph share what was saved for backward
+    torch._dynamo.config.recompile_limit = 64  # a code for each set of what has a gradient, mode and kind of size
+    run = lambda module, params, inputs, options: torch.func.functional_call(module, params, inputs, options)
+    return torch.compile(run, options={"fallback_random": True})  # dropout as without
+
+
 def call(module: nn.Module, params: Params, *inputs, train: bool = False, live: bool = False, **options):
     """`module(*inputs)` with other parameters. Buffers (BatchNorm's statistics) are copies, so that no pass changes
-    what the next one sees, unless `live`."""
+    what the next one sees, unless `live`. Where `module.precision` is "bf16" it runs under autocast; what comes out is
+    float32 all the same, as are parameters and gradients."""
     module.train(train)
     buffers = {name: b if live else b.clone() for name, b in module.named_buffers()}
-    return torch.func.functional_call(module, {**params, **buffers}, inputs, options)
+    lower = getattr(module, "precision", "float32") == "bf16"
+    device = next(iter(params.values())).device.type
+    run = compiled_call() if getattr(module, "compiled", False) else torch.func.functional_call
+    with torch.autocast(device, torch.bfloat16) if lower else contextlib.nullcontext():
+        found = run(module, {**params, **buffers}, inputs, options)
+    return found.float() if lower and isinstance(found, Tensor) else found
 
 
 class Domain(abc.ABC):
@@ -739,6 +758,10 @@ class Domain(abc.ABC):
     def begin_episode(self, meta: nn.Module) -> None: ...  # called before the P PT steps of each round
     def explore(self, meta: nn.Module, progress: float) -> None: ...  # called after a meta step: noise on φ
     def decorate(self, axis) -> None: ...  # adds to the figure of φ along the run what only the domain knows
+
+
+def on_host(index: Tensor) -> Tensor:  # `index` on the CPU; of a mini-batch without waiting for the device
+    return index.on_host if hasattr(index, "on_host") else index.cpu()
 
 
 def detached(module: nn.Module) -> Params:
@@ -836,13 +859,18 @@ def held_out(domain: "Domain") -> int:  # how many FT examples, the last, say wh
 class Stream:  # indices of mini-batches: a new permutation each epoch, without its incomplete end
     def __init__(self, n: int, batch: int, device: torch.device):
         self.n, self.batch, self.device = n, min(batch, n), device
-        self.order, self.position = torch.randperm(n), 0
+        self.place(torch.randperm(n), 0)
+
+    def place(self, order: Tensor, position: int) -> None:  # a whole epoch is sent at once, and none waits for it
+        self.order, self.position, self.there = order, position, order.to(self.device, non_blocking=True)
 
     def next(self) -> Tensor:
         if self.position + self.batch > self.n:
-            self.order, self.position = torch.randperm(self.n), 0
+            self.place(torch.randperm(self.n), 0)
         self.position += self.batch
-        return self.order[self.position - self.batch : self.position].to(self.device)
+        index, ours = (o[self.position - self.batch : self.position] for o in (self.there, self.order))
+        index.on_host = ours  # see `on_host`
+        return index
 
 
 def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
@@ -859,6 +887,8 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         settings = self.settings = domain.settings
         self.domain, self.number = domain, 0
         self.network, self.head, self.meta = domain.network(), domain.head(), domain.meta()
+        # Of losses alone: what measures θ calls the network as it is.
+        self.network.precision, self.network.compiled = settings.precision, settings.compile
         self.psi = {name: p.detach().clone() for name, p in self.head.named_parameters()}
         self.optimizer, rates = adam(list(self.network.parameters()), settings.lr), domain.phi_rates(self.meta)
         groups = [{"params": [p], "initial_lr": rates[name]} for name, p in self.meta.named_parameters()]
@@ -908,7 +938,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
                 domain.pretrain_loss(self.network, self.meta, streams["meta"].next(), progress, live=False), finetune,
                 self.validation_loss(), detached(self.network), self.psi, detached(self.meta),
                 unroll=settings.unroll, solver=settings.inverse, ft_state=self.ft_state)  # fmt: skip
-            if result.residual >= 1 and not any(q.any() for q in result.q.values()):
+            if result.residual >= 1 and not _finite(q=result.q)["q"]:
                 raise FloatingPointError("q = 0, the PT Hessian curves down along v: --damping may help")
         except FloatingPointError as error:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
@@ -929,7 +959,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
                 self.average[name] = before + (p - before) / self.averaged
         self.skipped_in_a_row, self.meta_steps = 0, self.meta_steps + 1
         self.losses |= {"validation_loss": result.value, "residual": result.residual}
-        self.recent = [*self.recent[-9:], result.value.item()]
+        self.recent = [*self.recent[-9:], result.value]
 
     def learned(self) -> nn.Module:  # φ, or its average over the end of the run where that was asked for
         meta = copy.deepcopy(self.meta)
@@ -940,6 +970,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         state = {name: getattr(self, name).state_dict() for name in self.MODULES}
         state |= {name: getattr(self, name) for name in self.VALUES}
         state["losses"] = {name: float(value) for name, value in self.losses.items()}
+        state["recent"] = [float(value) for value in self.recent]
         return state | {"streams": {name: (stream.order, stream.position) for name, stream in self.streams.items()}}
 
     def load_state_dict(self, state: dict) -> None:
@@ -951,7 +982,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
                 value = {k: each.to(device) if isinstance(each, Tensor) else each for k, each in value.items()}
             setattr(self, name, value)
         for name, stream in self.streams.items():
-            stream.order, stream.position = state["streams"][name]
+            stream.place(*state["streams"][name])
 
 
 def finite(value) -> bool:
@@ -992,6 +1023,9 @@ class Training:
         self.domain, self.settings, self.learn = domain, domain.settings, learn
         if missing := {"pretrain", "finetune", "validation", *domain.tests} - set(domain.sizes):
             raise BadInput(f"{type(domain).__name__}.sizes lacks {', '.join(sorted(missing))}")
+        twice = "exact" in (self.settings.hvp, self.settings.unroll_scope == "all" and self.settings.unroll_hvp)
+        if self.settings.compile and learn and twice:
+            raise BadInput("--compile needs finite products: --hvp finite, and in --unroll-scope all --unroll-hvp finite")
         torch.manual_seed(self.settings.seed)
         first = Learner(domain)
         if phi is not None:
@@ -1026,7 +1060,7 @@ class Training:
             # Successive halving (Jamieson and Talwalkar, AISTATS 2016): as a stage ends the better particles stay.
             wanted = next(count for count, share in settings.plan if share >= self._progress(self.step))
             if len(self.learners) > wanted:
-                self.learners.sort(key=lambda learner: np.mean(learner.recent) if learner.recent else math.inf)
+                self.learners.sort(key=lambda learner: np.mean(list(map(float, learner.recent or [math.inf]))))
                 del self.learners[wanted:]
             each(self)
             if -(-self.step // every) % CHECKPOINT_EVERY == 0 or self.step == steps:
@@ -1075,7 +1109,8 @@ class Training:
 
 
 def check_losses(learner: Learner, learn: bool) -> None:  # BadInput where a loss depends on none of θ, φ or ψ
-    domain, network = learner.domain, learner.network
+    domain, network = learner.domain, copy.deepcopy(learner.network)
+    network.compiled = False  # two examples are not worth it
     few = torch.arange(min(2, *domain.sizes.values()), device=domain.device)
     theta, phi, psi = ({name: p.clone().requires_grad_() for name, p in params.items()}
                        for params in (detached(network), detached(learner.meta), learner.psi))  # fmt: skip
@@ -2267,7 +2302,8 @@ def main() -> None:
             message = misplaced(option, sys.argv[1:])
     except OSError as error:  # a file in a folder's place, a disk that is full
         status, message = 1 if error.errno in (*FULL, errno.EPIPE, errno.EIO, errno.ENOMEM) else 2, str(error)
-    except (Failed, KeyboardInterrupt, typer.Abort) as error:
+    except (Failed, KeyboardInterrupt, typer.Abort,
+            getattr(sys.modules.get("torch._dynamo.exc"), "BackendCompilerFailed", Failed)) as error:  # fmt: skip
         status, message = 1, str(error) or "stopped"
     except (MemoryError, RuntimeError) as error:  # the latter: torch's words for it
         if not re.search("MemoryError|(not enough|allocate|out of) memory|bad_alloc", repr(error)):

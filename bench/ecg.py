@@ -376,17 +376,7 @@ def speed(
                 "published, lean": Published(domain, True)}  # fmt: skip
     works = {(who, what): getattr(of, what) for who, of in learners.items()
              for what in ("pretrain_step", "meta_step", "head_step") if hasattr(of, what)}  # fmt: skip
-    wait = torch.cuda.synchronize if domain.device.type == "cuda" else lambda: None
-    for work in works.values():
-        work(1.0)  # the first estimates alpha, and builds what later ones reuse
-    taken = {key: [] for key in works}
-    for _ in range(repeats):
-        for key, work in works.items():
-            wait()
-            begun = time.perf_counter()
-            work(1.0)
-            wait()
-            taken[key].append(time.perf_counter() - begun)
+    taken = counting.in_turn({key: lambda work=work: work(1.0) for key, work in works.items()}, repeats, domain.device)
     plain = np.array(taken["ours", "pretrain_step"])
     rows = []
     for key, work in works.items():

@@ -104,7 +104,7 @@ class PlainPPI:
 
     def collated(self, index):
         places = [divmod(i, len(self.blocks[0].sizes)) for i in index.tolist()]
-        return Batch.from_data_list([self.blocks[block][i] for block, i in places])
+        return Batch.from_data_list([self.blocks[block][i] for block, i in places]).to(self.device)
 
     def pretrain_loss(self, network, meta, index, progress, live):
         batch, tasks = self.collated(index), len(self.pretrain_tasks)

@@ -88,6 +88,7 @@ class WarpAugmentation(nn.Module):
     def __init__(self, leads: int, scale: float, width: int = 32):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.most_squarings = None  # of `integrate`, where it was told
         self.layers = nn.Sequential(*(
             nn.Sequential(along_time(a, b, 15, 2, bias=True), nn.BatchNorm2d(b, track_running_stats=False), nn.ReLU())
             for a, b in itertools.pairwise([leads, *[width] * 4])
@@ -103,11 +104,18 @@ class WarpAugmentation(nn.Module):
         noise = torch.randn(len(magnitudes), 1, samples, dtype=magnitudes.dtype, device=magnitudes.device)
         # At a quarter of the resolution a displacement is a quarter of the number, so values shrink along (as published).
         noise = F.interpolate(noise, scale_factor=0.25, mode="linear") / 4
-        moved = 4 * integrate(100 * self.scale**2 * magnitudes[:, None] * noise.squeeze(1))
+        velocity = 100 * self.scale**2 * magnitudes[:, None] * noise.squeeze(1)
+        moved = 4 * integrate(velocity, most=self.most_squarings)
         moved = F.interpolate(moved[:, None], size=samples, mode="linear")
         taps = torch.arange(-12, 13, dtype=moved.dtype, device=moved.device)
         kernel = torch.exp(-(taps**2) / (2 * 12**2))
         return F.conv1d(F.pad(moved, (12, 12), mode="replicate"), (kernel / kernel.sum())[None, None]).squeeze(1)
+
+    def expect(self) -> None:
+        """Finds out, from s as it is now, how many squarings `integrate` can need at most."""
+        # Magnitudes are below 2; |noise| is below 9, and a quarter of that once it is interpolated.
+        steepest = 100 * self.scale.item() ** 2 * 2 * (2 * 9 / 4)
+        self.most_squarings = squarings_for(steepest) if steepest < 2**30 else None
 
     def forward(self, views: Tensor, magnitudes: Tensor) -> Tensor:
         """Views [n, leads, t], each resampled along its own warp; all leads of a view alike."""
@@ -121,21 +129,34 @@ def resample(signals: Tensor, moved: Tensor) -> Tensor:
     return F.grid_sample(signals[:, :, None], grid, padding_mode="border", align_corners=True).squeeze(2)
 
 
-def integrate(velocity: Tensor, squarings: int = 5) -> Tensor:
+SQUARINGS = 5  # at least
+
+
+def squarings_for(steepest: float) -> int:
+    """So many that no neighbours change places in the first step: |Δv| / 2^squarings < 1."""
+    return math.ceil(math.log2(steepest)) + 1 if 2**SQUARINGS <= 2 * steepest < math.inf else SQUARINGS
+
+
+def integrate(velocity: Tensor, most: int | None = None) -> Tensor:
     """Displacements [n, t] of the flow of a velocity field [n, t] for one unit of time, by scaling and squaring.
 
-    More squarings than asked for where neighbours would change places in the first step (|Δv| / 2^squarings ≥ 1).
+    Which number of squarings `squarings_for` gives is on the device; with `most`, which is no less, it stays there: the
+    first of so many are then doublings, and nothing waits for the device.
     """
-    steepest = velocity.detach().diff(dim=1).abs().max().item()
-    if 2**squarings <= 2 * steepest < math.inf:
-        squarings = math.ceil(math.log2(steepest)) + 1
-    moved, last = velocity / 2**squarings, velocity.shape[1] - 1
+    steepest, last = velocity.detach().diff(dim=1).abs().max(), velocity.shape[1] - 1
+    if most is None:
+        most = squarings = squarings_for(steepest.item())
+    else:
+        more = (2 * steepest >= 2**SQUARINGS) & steepest.isfinite()
+        squarings = torch.where(more, steepest.double().log2().ceil() + 1, SQUARINGS)
+    moved = velocity / 2**most
     grid = torch.arange(last + 1, dtype=moved.dtype, device=moved.device)
-    for _ in range(squarings):  # u ← u + u(x + u), beyond the borders as at the borders
+    for i in range(most):  # u ← u + u(x + u), beyond the borders as at the borders
         place = (grid + moved).clamp(0, last)
         left = place.detach().floor().clamp(max=last - 1)
         share, left = place - left, left.long()
-        moved = moved + torch.lerp(moved.gather(1, left), moved.gather(1, left + 1), share)
+        there = torch.lerp(moved.gather(1, left), moved.gather(1, left + 1), share)
+        moved = moved + (there if squarings is most else torch.where(i < most - squarings, moved, there))
     return moved
 
 
@@ -341,6 +362,10 @@ class ECG(metapt.Domain):
         rates = super().phi_rates(meta)
         return rates if meta.warp is None else rates | {"warp.scale": self.settings.scale_lr}
 
+    def begin_episode(self, meta):
+        if meta.warp is not None:
+            meta.warp.expect()
+
     def pretrain_loss(self, network, meta, index, progress, live):
         signals = self.inputs("pretrain", index)
 
@@ -372,6 +397,7 @@ class ECG(metapt.Domain):
     def warped(self, meta, draws: int = 16) -> tuple[Tensor, Tensor]:
         """Rows of up to 2,048 PT records [n], and warps of each in ms [draws, n, t]; drawn anew by the same seed."""
         index = torch.arange(self.sizes["pretrain"], device=self.device)[:2048]
+        meta.warp.expect()
         with torch.random.fork_rng():
             torch.manual_seed(self.settings.seed)
             magnitudes = meta.train().warp.magnitudes(self.inputs("pretrain", index))

@@ -62,22 +62,34 @@ class Graphs:
         )
         self.sizes, self.degrees, self.centre = sizes.long(), degrees.long(), centre.long()
         self.first_node, self.first_edge = (t.cumsum(0) - t for t in (self.sizes, self.degrees))
+        self.counts = arrays["sizes"].numpy(), arrays["degrees"].numpy()  # on the host, whatever the device
+        self.checked = False
+        if device.type != "cpu":  # there they are whole in memory, and a check would wait for the device
+            self.check()
 
-    def batch(self, index: Tensor) -> GraphBatch:
-        """The graphs `index` [graphs] as one."""
+    def check(self) -> None:
+        """All graphs, beforehand: not where they are on disk, as there can be gigabytes of them."""
+        for index in torch.arange(len(self.sizes), device=self.sizes.device).split(4096):
+            self.batch(index)
+        self.checked = True
+
+    def batch(self, index: Tensor, host: Tensor | None = None) -> GraphBatch:
+        """The graphs `index` [graphs] as one; `host`: the same on the CPU, where that is known."""
         size, degree = self.sizes[index], self.degrees[index]
+        rows = (index.cpu() if host is None else host).numpy()
+        nodes, edges = (int(count[rows].sum()) for count in self.counts)
         first = size.cumsum(0) - size
-        sums = self.sums[spans(self.first_node[index], size)]
-        source = self.source[spans(self.first_edge[index], degree)].long()  # within its graph
+        sums = self.sums[spans(self.first_node[index], size, nodes)]
+        source = self.source[spans(self.first_edge[index], degree, edges)].long()  # within its graph
         incoming = sums[:, 9].long() - 1  # without the self-loop
-        outside = source >= size.repeat_interleave(degree)
-        # Not when they are opened: there can be gigabytes of them.
-        if (incoming < 0).any() or incoming.sum() != len(source) or outside.any():
-            raise metapt.BadInput(
-                f"{self.folder}: source.npy and sums.npy do not fit each other: 'download ppi --check'"
-            )
-        source = source + first.repeat_interleave(degree)
-        graph = torch.arange(len(index), device=index.device).repeat_interleave(size)
+        if not self.checked:
+            outside = source >= size.repeat_interleave(degree, output_size=edges)
+            if (incoming < 0).any() or incoming.sum() != edges or outside.any():
+                raise metapt.BadInput(
+                    f"{self.folder}: source.npy and sums.npy do not fit each other: 'download ppi --check'"
+                )
+        source = source + first.repeat_interleave(degree, output_size=edges)
+        graph = torch.arange(len(index), device=index.device).repeat_interleave(size, output_size=nodes)
         return GraphBatch(sums, source, incoming.cumsum(0) - incoming, graph, self.centre[index] + first, size)
 
     def labels(self, index: Tensor, tasks: Tensor) -> Tensor:
@@ -89,10 +101,10 @@ class Graphs:
         return sum(self.labels(i, tasks).sum(0) for i in index.split(4096)).cpu().numpy()
 
 
-def spans(start: Tensor, length: Tensor) -> Tensor:
-    """The numbers start_i … start_i + length_i − 1, for one i after the other."""
-    shift = (start - (length.cumsum(0) - length)).repeat_interleave(length)
-    return torch.arange(len(shift), device=start.device) + shift
+def spans(start: Tensor, length: Tensor, total: int) -> Tensor:
+    """The numbers start_i … start_i + length_i − 1, for one i after the other; `total` of them."""
+    shift = (start - (length.cumsum(0) - length)).repeat_interleave(length, output_size=total)
+    return torch.arange(total, device=start.device) + shift
 
 
 class NeighbourSum(torch.autograd.Function):
@@ -222,7 +234,8 @@ class PPI(metapt.Domain):
         self.permuted = np.zeros(len(self.pretrain_tasks), dtype=bool)  # for reports alone: no loss reads it
         labels = graphs.labels(everything, self.finetune_tasks).cpu().numpy() > 0
         rows = divide_graphs(labels, graphs.species.cpu().numpy(), random)
-        self.rows = {part: torch.from_numpy(rows).to(device) for part, rows in rows.items()}
+        self.rows_on_host = {part: torch.from_numpy(rows) for part, rows in rows.items()}
+        self.rows = {part: rows.to(device) for part, rows in self.rows_on_host.items()}
         if settings.permuted:
             self.permute(settings.permuted, random)
         self.rates = self.term_rates(self.rows["pretrain"], self.pretrain_tasks)
@@ -280,8 +293,7 @@ class PPI(metapt.Domain):
     def pretrain_loss(self, network, meta, index, progress, live):
         """Σ_t 2σ(φ_t)·BCE_t / T. For φ (not `live`) in evaluation mode, as L_V is: with a batch's own statistics and
         dropout it changes along other directions than L_V does (bench/README.md has what that is worth)."""
-        rows = self.rows["pretrain"][index]
-        batch, targets = self.graphs.batch(rows), self.graphs.labels(rows, self.pretrain_tasks)
+        batch, targets = self.inputs("pretrain", index), self.labels("pretrain", index, self.pretrain_tasks)
 
         def loss(theta, phi):
             outputs = metapt.call(network, theta, batch, train=live or self.settings.meta_train, live=live)
@@ -292,8 +304,7 @@ class PPI(metapt.Domain):
 
     def finetune_loss(self, network, head, part, index):
         """As before FT."""
-        rows, columns = self.rows[part][index], self.seen
-        batch, targets = self.graphs.batch(rows), self.graphs.labels(rows, self.seen_tasks)
+        batch, targets, columns = self.inputs(part, index), self.labels(part, index, self.seen_tasks), self.seen
 
         def loss(theta, psi):
             outputs = metapt.call(head, psi, metapt.call(network, theta, batch, features=True))
@@ -302,10 +313,13 @@ class PPI(metapt.Domain):
         return loss
 
     def inputs(self, part, index):
-        return self.graphs.batch(self.rows[part][index])
+        return self.graphs.batch(self.rows[part][index], self.rows_on_host[part][metapt.on_host(index)])
+
+    def labels(self, part, index, tasks):
+        return self.graphs.labels(self.rows[part][index], tasks)
 
     def targets(self, part, index):
-        return self.graphs.labels(self.rows[part][index], self.finetune_tasks)
+        return self.labels(part, index, self.finetune_tasks)
 
     def loss(self, outputs, targets):
         return F.binary_cross_entropy_with_logits(outputs[:, self.scored], targets[:, self.scored])

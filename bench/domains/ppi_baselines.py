@@ -35,7 +35,7 @@ class CoTrain(PPI):
     def task_losses(self, network, index, live):
         """BCE of the PT tasks, then of the FT tasks [tasks], as a function of θ: each averaged over the graphs with labels."""
         rows, tasks = self.rows["pretrain"][index], torch.cat([self.pretrain_tasks, self.seen_tasks])
-        batch, targets, known = self.graphs.batch(rows), self.graphs.labels(rows, tasks), self.labelled[rows]
+        batch, targets, known = self.inputs("pretrain", index), self.graphs.labels(rows, tasks), self.labelled[rows]
         share = torch.full_like(targets, 1 / len(rows))
         share[:, len(self.pretrain_tasks) :] = known[:, None] / known.sum().clamp(min=1)
 
