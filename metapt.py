@@ -1772,7 +1772,7 @@ def save_figure(path: Path, draw) -> None:  # what `draw` makes of an empty figu
 
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
              "lines.linewidth": 1.2, "savefig.dpi": 200}  # fmt: skip
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings(action="ignore"):  # of numbers off every scale
         figure = Figure(figsize=(3.5, 2.5), layout="constrained")
         draw(figure)
         figure.savefig(buffer := io.BytesIO(), format=path.suffix[1:])
