@@ -1,6 +1,5 @@
 """Made-up data in the prepared formats, where a step is to be counted or timed and no real data are at hand."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent / "data_scripts"))
 
+from files import locked, prepared_folder
 from graphs import prepare_graphs
 
 LEADS = ["I", "II", "III", "AVR", "AVL", "AVF", "V1", "V2", "V3", "V4", "V5", "V6"]
@@ -15,13 +15,11 @@ CLASSES = ["NORM", "MI", "STTC", "CD", "HYP"]
 
 
 def write(folder: Path, about: dict, arrays: dict[str, np.ndarray]) -> None:
-    """A prepared folder, but for the arrays' checksums."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, values in arrays.items():
-        np.save(folder / f"{name}.npy", values)
-    facts = {name: {"dtype": v.dtype.str, "shape": list(v.shape), "sha256": ""} for name, v in arrays.items()}
-    about = {"source": "made up", "licence": "none", **about, "arrays": facts}
-    (folder / "about.json").write_text(json.dumps(about))
+    """A prepared folder."""
+    about = {"source": "made up", "licence": "none", **about}
+    with locked(folder, about["format"]) as free, prepared_folder(free, about) as append:
+        for name, values in arrays.items():
+            append(name, values)
 
 
 def ecg(data: Path, records: int = 2000) -> None:
