@@ -1526,6 +1526,8 @@ class MNISTRotation(DigitsRotation):
 class MNISTNoise(DigitsNoise):
     mnist, threads = True, None
 
+    class Settings(DigitsNoise.Settings, meta_lr=1e-3, meta_every=24): ...  # at 1e-2 the scores die on larger images
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Run folders and checkpoints
