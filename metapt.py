@@ -658,6 +658,62 @@ def call(module: nn.Module, params: Params, *inputs, train: bool = False, live: 
     return torch.func.functional_call(module, {**params, **buffers}, inputs, options)
 
 
+class Ranks:
+    """The processes that torchrun started; one without it. They divide each batch: a rank's loss is its share of the
+    whole batch's mean, so that what is linear in a loss, such as any of its derivatives, is summed over the ranks."""
+
+    def __init__(self):
+        many = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank, self.size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
+        self.lost = functools.partial(refusing, f"rank {self.rank} has lost another rank", RuntimeError, Failed)
+        self.seed(0)
+
+    def share(self, index: Tensor) -> tuple[Tensor, float]:  # this rank's part of a batch, and how much of it that is
+        mine = index.tensor_split(self.size)[self.rank]
+        return mine, len(mine) / len(index)
+
+    def sum(self, tensors: Params) -> Params:  # over the ranks, in one message
+        if self.size == 1 or not tensors:
+            return tensors
+        total = _flat(tensors)
+        with self.lost():
+            torch.distributed.all_reduce(total)
+        return _unflat(total, tensors)
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        """The rows [n, d] of all ranks, [Σn, d], and where this rank's begin; differentiable any number of times, where
+        the sum over the ranks of what is made of them is."""
+        if self.size == 1:
+            return rows, 0
+        from torch.distributed.nn.functional import all_reduce
+
+        counts = self.objects(len(rows))
+        first, last = sum(counts[: self.rank]), sum(counts[self.rank + 1 :])
+        with self.lost():
+            return all_reduce(F.pad(rows, (0, 0, first, last))), first
+
+    def objects(self, one) -> list:  # of all ranks, in their order; nobody goes on before all are here
+        found = [one] * self.size
+        if self.size > 1:
+            with self.lost():
+                torch.distributed.all_gather_object(found, one)
+        return found
+
+    def first(self, make):  # what rank 0 makes, for all
+        return self.objects(None if self.rank else make())[0]
+
+    def seed(self, *numbers: int) -> None:  # of what is drawn in `own`
+        self.draws = np.random.default_rng([*numbers, self.rank])
+
+    @contextlib.contextmanager
+    def own(self):  # within, each rank draws numbers of its own; torch's generators come out of it as they were
+        beside = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(beside, self.size > 1):
+            if self.size > 1:
+                torch.manual_seed(int(self.draws.integers(2**63)))
+            yield
+
+
 class Domain(abc.ABC):
     """One experiment: its data, networks, φ, losses and metric. A subclass sets `sizes`, defines what is abstract here
     and, where the default does not serve, the rest. Examples are known by their number within a part of the data:
@@ -670,11 +726,12 @@ class Domain(abc.ABC):
     captions: ClassVar[dict[str, str]] = {}  # what `measure` gives, in words for a figure's axis
     threads: ClassVar[int | None] = None  # of the CPU; None: torch's choice
     access: ClassVar[dict[str, int]] = {}  # parts of which nothing before FT may see more than so many examples
+    divisible: ClassVar[bool] = True  # L_PT is a mean over examples, or of all ranks' (`ranks.gather`): ranks share it
     sizes: dict[str, int] = {}  # examples in each part  # noqa: RUF012
 
     def __init__(self, settings: Settings, device: torch.device, data: Path):
         """`data`: the folder under which prepared data lie. What is drawn from torch after this is the seed's."""
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.ranks = settings, device, Ranks()
         torch.manual_seed(settings.seed)
 
     @abc.abstractmethod
@@ -853,7 +910,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
 
     def __init__(self, domain: Domain):
         settings = self.settings = domain.settings
-        self.domain, self.number = domain, 0
+        self.domain, self.ranks, self.number = domain, domain.ranks, 0
         self.network, self.head, self.meta = domain.network(), domain.head(), domain.meta()
         self.psi = {name: p.detach().clone() for name, p in self.head.named_parameters()}
         self.optimizer, rates = adam(list(self.network.parameters()), settings.lr), domain.phi_rates(self.meta)
@@ -871,39 +928,62 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         self.skipped = self.skipped_in_a_row = self.meta_steps = 0
         self.losses = dict.fromkeys(("pretrain_loss", "finetune_loss", "validation_loss", "residual"), math.nan)
 
+    def next_loss(self, stream: str, progress: float = 0.0, live: bool = False) -> Loss:
+        """On the next batch of a stream, or this rank's share of it, weighed so that the sum over the ranks is it."""
+        index, share = self.ranks.share(self.streams[stream].next())
+        with self.ranks.own():
+            if stream in ("pretrain", "meta"):
+                loss = self.domain.pretrain_loss(self.network, self.meta, index, progress, live)
+            else:
+                loss = self.domain.finetune_loss(self.network, self.head, stream, index)
+        return loss if share == 1 else lambda *params: share * loss(*params)
+
     def pretrain_step(self, progress: float) -> None:  # one step on θ with φ fixed, one on the FT head ψ
-        theta = dict(self.network.named_parameters())
-        loss = self.domain.pretrain_loss(self.network, self.meta, self.streams["pretrain"].next(), progress, live=True)
-        value = loss(theta, detached(self.meta))
-        self.optimizer.zero_grad()
-        self.domain.backward(value, theta)
+        theta, loss = dict(self.network.named_parameters()), self.next_loss("pretrain", progress, live=True)
+        with self.ranks.own():
+            value = loss(theta, detached(self.meta))
+            self.optimizer.zero_grad()
+            self.domain.backward(value, theta)
+        value = self.over_ranks(value.detach().sum(), theta)
         self.optimizer.step()
-        loss = self.domain.finetune_loss(self.network, self.head, "finetune", self.streams["finetune"].next())
-        psi = {name: p.detach().requires_grad_() for name, p in self.psi.items()}
-        head_value = loss(detached(self.network), psi)
-        gradient = _grad(head_value, psi)
+        loss, psi = self.next_loss("finetune"), {name: p.detach().requires_grad_() for name, p in self.psi.items()}
+        with self.ranks.own():
+            head_value = loss(detached(self.network), psi)
+        gradient = self.ranks.sum({"": head_value.detach(), **_grad(head_value, psi)})
+        head_value = gradient.pop("")
         which = "ft_state" if self.settings.unroll_scope == "head" else "head_state"
         with torch.no_grad():
             self.psi, state = finetune_step(psi, gradient, self.settings.unroll, getattr(self, which))
         setattr(self, which, state)
-        self.losses |= {"pretrain_loss": value.detach().sum(), "finetune_loss": head_value.detach()}
+        self.losses |= {"pretrain_loss": value, "finetune_loss": head_value}
+
+    def over_ranks(self, value: Tensor, theta: Params) -> Tensor:
+        """Sums the PT loss and the gradients of θ, and averages BatchNorm's statistics, which each rank has of its own
+        share: L_FT and L_V are the same function everywhere."""
+        if self.ranks.size == 1:
+            return value
+        grads = {name: p.grad for name, p in theta.items() if p.grad is not None}
+        averaged = {name: b for name, b in self.network.named_buffers() if name.endswith(("running_mean", "running_var"))}
+        found = self.ranks.sum({"": value, **grads, **{name: b / self.ranks.size for name, b in averaged.items()}})
+        for name, tensor in (grads | averaged).items():
+            tensor.copy_(found[name])
+        return found[""].clone()
 
     def validation_loss(self) -> Loss:  # L_V: a mean over validation examples, or over these and FT's
         parts = ("validation",) if self.settings.validate_on == "validation" else ("finetune", "validation")
-        batches = {part: self.streams[part].next() for part in parts}
-        losses = [self.domain.finetune_loss(self.network, self.head, part, i) for part, i in batches.items()]
+        losses = [self.next_loss(part) for part in parts]
         shares = [self.streams[part].n / sum(self.streams[each].n for each in parts) for part in parts]
         return lambda theta, psi: sum(share * loss(theta, psi) for share, loss in zip(shares, losses, strict=True))
 
     def meta_step(self, progress: float) -> None:  # one step on φ, which stays where no hypergradient is finite
-        domain, settings, streams = self.domain, self.settings, self.streams
-        finetune = [domain.finetune_loss(self.network, self.head, "finetune", streams["finetune"].next())
-                    for _ in range(settings.unroll_steps)]  # fmt: skip
+        domain, settings, ranks = self.domain, self.settings, self.ranks
+        finetune = [self.next_loss("finetune") for _ in range(settings.unroll_steps)]
+        losses = self.next_loss("meta", progress), finetune, self.validation_loss()
         try:
-            result = hypergradient(
-                domain.pretrain_loss(self.network, self.meta, streams["meta"].next(), progress, live=False), finetune,
-                self.validation_loss(), detached(self.network), self.psi, detached(self.meta),
-                unroll=settings.unroll, solver=settings.inverse, ft_state=self.ft_state)  # fmt: skip
+            with ranks.own():
+                result = hypergradient(
+                    *losses, detached(self.network), self.psi, detached(self.meta), unroll=settings.unroll,
+                    solver=settings.inverse, ft_state=self.ft_state, reduce=ranks.sum if ranks.size > 1 else None)  # fmt: skip
             if result.residual >= 1 and not any(q.any() for q in result.q.values()):
                 raise FloatingPointError("q = 0, the PT Hessian curves down along v: --damping may help")
         except FloatingPointError as error:
@@ -924,7 +1004,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
                 before = self.average.get(name, torch.zeros_like(p))
                 self.average[name] = before + (p - before) / self.averaged
         self.skipped_in_a_row, self.meta_steps = 0, self.meta_steps + 1
-        self.losses |= {"validation_loss": result.value, "residual": result.residual}
+        self.losses |= {"validation_loss": result.value.clone(), "residual": result.residual}
         self.recent = [*self.recent[-9:], result.value.item()]
 
     def learned(self) -> nn.Module:  # φ, or its average over the end of the run where that was asked for
@@ -988,8 +1068,12 @@ class Training:
         self.domain, self.settings, self.learn = domain, domain.settings, learn
         if missing := {"pretrain", "finetune", "validation", *domain.tests} - set(domain.sizes):
             raise BadInput(f"{type(domain).__name__}.sizes lacks {', '.join(sorted(missing))}")
+        if domain.ranks.size > 1 and not domain.divisible:
+            raise BadInput(f"the PT loss of {type(domain).__name__} is no mean over examples: it needs a single process")
         torch.manual_seed(self.settings.seed)
         first = Learner(domain)
+        if (fewest := min(stream.batch for stream in first.streams.values())) < domain.ranks.size:
+            raise BadInput(f"a batch of {fewest} examples cannot be divided over {domain.ranks.size} ranks")
         if phi is not None:
             with refusing(f"φ does not fit {type(domain).__name__}", ValueError):
                 first.meta.load_state_dict(as_written(phi, first.meta.state_dict()))
@@ -1009,6 +1093,7 @@ class Training:
             # P steps make a round, counted from the end of the warm-up; what does not fit comes first and last.
             until = min(self.step + every - (self.step - warmup) % every, steps if self.step >= warmup else warmup)
             for learner in self.learners:
+                self.domain.ranks.seed(settings.seed, learner.number, self.step)
                 self.domain.begin_episode(learner.meta)
                 for step in range(self.step, until):
                     share = step / steps if settings.cosine else 0.0  # Loshchilov and Hutter, ICLR 2017
@@ -1026,8 +1111,23 @@ class Training:
                 del self.learners[wanted:]
             each(self)
             if -(-self.step // every) % CHECKPOINT_EVERY == 0 or self.step == steps:
+                self.compare_ranks()
                 at_checkpoint(self)
         return self
+
+    def compare_ranks(self) -> None:  # Failed: what all ranks should have alike is not
+        if self.domain.ranks.size == 1:
+            return
+        tensors = {"θ": [t for learner in self.learners for t in learner.network.state_dict().values()],
+                   "ψ": [t for learner in self.learners for t in learner.psi.values()],
+                   "φ": [t for learner in self.learners for t in learner.meta.state_dict().values()],
+                   "the random state": [torch.get_rng_state()]}  # fmt: skip
+        ours = {name: hashlib.sha256(torch.cat([t.reshape(-1).view(torch.uint8) for t in of]).cpu().numpy()).digest()
+                for name, of in tensors.items() if of}  # fmt: skip
+        first, *others = self.domain.ranks.objects(ours)
+        for (rank, theirs), name in itertools.product(enumerate(others, 1), ours):
+            if theirs[name] != first[name]:
+                raise Failed(f"at PT step {self.step} {name} of rank {rank} is not that of rank 0")
 
     def _progress(self, step: int) -> float:  # how much of the run after the warm-up is over; 1 in PT alone
         steps, warmup = self.settings.steps, self.settings.warmup
@@ -1067,7 +1167,8 @@ class Training:
             torch.set_rng_state(state["random"].cpu())
         except RuntimeError:
             raise ValueError("random is no state of the generator") from None
-        torch.cuda.set_rng_state_all([random.cpu() for random in state["cuda_random"][: torch.cuda.device_count()]])
+        states, count = [random.cpu() for random in state["cuda_random"]], torch.cuda.device_count()
+        torch.cuda.set_rng_state_all(states[:count] if self.domain.ranks.size == 1 else states[:1] * count)
 
 
 def check_losses(learner: Learner, learn: bool) -> None:  # BadInput where a loss depends on none of θ, φ or ψ
@@ -1160,15 +1261,17 @@ def finetune(domain: Domain, network: Network, examples: int, seed: int, held: T
 
 def compare(domain: Domain, methods: dict, examples: Sequence[int], seeds: int, advance) -> dict:
     """Several encoders (name → function of a seed that gives θ) after the same FT: {(method, number of examples):
-    [Finetuned, one for each of the seeds 0, 1, …]}; `advance` is called after each method and seed."""
+    [Finetuned, one for each of the seeds 0, 1, …]}; `advance` is called after each method and seed. Ranks take turns."""
     results = {(method, n): [] for method in methods for n in examples}
-    for seed, (method, network_of) in itertools.product(range(seeds), methods.items()):
+    turns = itertools.cycle(range(domain.ranks.size))
+    for (seed, (method, network_of)), turn in zip(itertools.product(range(seeds), methods.items()), turns, strict=False):
         torch.manual_seed(seed)
         network = network_of(seed)
         for n in examples:
-            results[method, n].append(finetune(domain, network, n, seed))
+            results[method, n].append(finetune(domain, network, n, seed) if turn == domain.ranks.rank else None)
         advance()
-    return results
+    everyones = domain.ranks.objects(results)
+    return {key: [next(filter(None, of)) for of in zip(*(each[key] for each in everyones), strict=True)] for key in results}
 
 
 def held_score(domain: Domain, network: Network, examples: int, seed: int) -> float:
@@ -1522,7 +1625,9 @@ def writing(path: Path, needed: int):  # Failed where the disk is full or a limi
 
 def save_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
     """Writes a file under a name that nobody else has, flushes it to the disk, and only then gives it its name; what
-    had the name before is kept as `keep`. Failed: the disk is full."""
+    had the name before is kept as `keep`. Of several ranks the first alone writes. Failed: the disk is full."""
+    if Ranks().rank:
+        return
     named = {"dir": path.parent, "prefix": f".metapt-{path.name}-"}
     with writing(path, len(content)), tempfile.NamedTemporaryFile(**named, delete=False) as file:
         try:
@@ -1626,7 +1731,8 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
         with writing(self.metrics, 0), self.metrics.open("ab") as file:
             os.fsync(file.fileno())  # all the bytes of it that the checkpoint counts
             content = {"format": FORMAT, "config": self.digest, **state,
-                       "phi": training.best.learned().state_dict(), "metrics_bytes": file.tell()}  # fmt: skip
+                       "phi": training.best.learned().state_dict(), "metrics_bytes": file.tell(),
+                       "ranks": training.domain.ranks.size}  # fmt: skip
         torch.save(content, buffer := io.BytesIO())  # of a disk that is full it would say 58 lines
         buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
         save_whole(self.saved, buffer.getbuffer(), keep=self.earlier)
@@ -1640,9 +1746,10 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
             before = before if self.earlier.exists() else "and there is none before it"
             raise BadInput(f"{self.saved} is missing or damaged, its SHA-256 is not the one at its end: {before}")
         known = dict.fromkeys(("phi", "learners", "seconds", "random", "cuda_random"), lambda value: True)
-        known |= {"format": FORMAT, "config": str, "metrics_bytes": whole(), "step": whole()}
-        with refusing(f"{self.saved} is not what this metapt writes", (ValueError, pickle.UnpicklingError)):
-            content = as_written(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), known)
+        known |= {"format": FORMAT, "config": str, "metrics_bytes": whole(), "step": whole(), "ranks": whole(1)}
+        with refusing(f"{self.saved} is not what this metapt writes", (ValueError, TypeError, pickle.UnpicklingError)):
+            content = {"ranks": 1, **torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)}
+            as_written(content, known)
         if content["config"] != self.digest:
             raise BadInput(f"{self.started} has changed since {self.saved} was made")
         return content
@@ -1654,7 +1761,7 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
         if content:
             with refusing(f"{self.saved} does not fit its config.json", ValueError):
                 training.load_state_dict({name: content[name] for name in training.written()})
-        if self.metrics.exists():
+        if self.metrics.exists() and not training.domain.ranks.rank:
             os.truncate(self.metrics, len(kept))
 
     def history(self, content: bytes | None = None) -> list[dict]:  # the rows of metrics.jsonl
@@ -1786,6 +1893,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from datetime import timedelta
 from types import SimpleNamespace
 
 import typer
@@ -1907,8 +2015,14 @@ def pick_device(name: str) -> torch.device:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise BadInput(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and Ranks().size > 1:
+        if device.index is not None:
+            raise BadInput(f"--device is {name!r}, expected auto, cpu or cuda: each rank has a GPU of its own")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(f"--device {name}: there is no such GPU here")
+    if device.type == "cuda" and Ranks().size > 1:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -1936,7 +2050,7 @@ def make_command(command: str, kind: type[Domain] | None = None):
         ask = SimpleNamespace(
             **{"phi": None, "use": "chosen", "export": None} | values, given=given, begun=time.perf_counter()
         )
-        ask.console = rich.console.Console(stderr=ask.json)
+        ask.console = rich.console.Console(stderr=ask.json, quiet=Ranks().rank > 0)
         with contextlib.ExitStack() as ask.held:  # the lock on the run that the command makes or goes on with
             return train(command, kind, ask) if kind else measure_runs(command, ask)
 
@@ -1953,6 +2067,8 @@ def download(context: typer.Context, data_set: Annotated[str, typer.Argument(hel
     name = data_set if source is None else f"{data_set} {source}"
     if name not in SCRIPTS:
         raise BadInput(f"{name!r} cannot be downloaded; there is {', '.join(SCRIPTS)} (the second word by --source)")
+    if Ranks().rank:  # the first alone
+        return
     if not (script := HERE / "data_scripts" / SCRIPTS[name]).exists():
         raise BadInput(f"{script} is missing: copy the folder data_scripts of metapt's repository there")
     with subprocess.Popen([sys.executable, str(script), *context.args]) as child:
@@ -2003,6 +2119,8 @@ def train(command: str, kind: type[Domain], ask) -> None:  # `pretrain` and `met
             found, line = choose(domain, methods, domain.finetune_limits()[1], bar) if learn else ({}, None)
         summary |= {"comparison": comparison_rows(domain, results), **found}
         lines += [line] if line else []
+    if domain.ranks.rank:
+        return
     conclude(command, domain, run, summary, ask, lines, run_figures(domain, learner, run.history()))
 
 
@@ -2042,8 +2160,7 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
         config = (run := Run(ask.resume)).config()
         if config["command"] != command:
             raise BadInput(f"{ask.resume} is a run of {config['command']}: resume it with that command")
-        run.lock(ask.held)
-        run.put_right()
+        Ranks().first(lambda: (run.lock(ask.held), run.put_right()))
         content = run.checkpoint() if run.saved.exists() else None
         device = "cpu" if config["device"] == "cpu" and ask.device == "auto" else ask.device  # for the same numbers
         domain = reopened(run, ask.domain, {}, device, ask)
@@ -2059,8 +2176,10 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
     training = Training(domain, command == "meta", phi)
     if not ask.resume:
         finetune_sizes(domain)  # what cannot be is said before anything is written
-        return Run.create(ask.out, config, ask.held), training
+        return Run(domain.ranks.first(lambda: Run.create(ask.out, config, ask.held).folder)), training
     run.restore(training, content)
+    if content and content["ranks"] != domain.ranks.size:
+        ask.console.print(f"{ask.resume} had ranks: {content['ranks']}, now: {domain.ranks.size}; its numbers will differ")
     ask.console.print(f"going on at PT step {training.step} of {domain.settings.steps}")
     return run, training
 
@@ -2100,7 +2219,7 @@ def worth_it(folder: Path) -> bool:  # whether a run of `meta` chose what it lea
 
 
 def follow(training: Training, run: Run, console) -> None:  # with bar, metrics, checkpoints; Ctrl-C saves one
-    settings, domain, stopped = training.settings, training.domain, []
+    settings, domain, ranks, stopped = training.settings, training.domain, training.domain.ranks, []
     if training.step >= settings.steps:
         return
     handlers = [(n, signal.signal(n, lambda *_: stopped.append(True))) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -2115,16 +2234,22 @@ def follow(training: Training, run: Run, console) -> None:  # with bar, metrics,
                     row = {"step": training.step, "particle": learner.number, "skipped": learner.skipped}
                     row |= {name: finite_or_none(value) for name, value in learner.losses.items()}
                     rows += json.dumps(row | measured) + "\n"
-                with writing(run.metrics, len(rows)), run.metrics.open("a") as file:
-                    file.write(rows)
+                if not ranks.rank:
+                    with writing(run.metrics, len(rows)), run.metrics.open("a") as file:
+                        file.write(rows)
                 value = next(iter(measured.values()), None)
                 bar(training.step, "" if value is None else f"φ {value:.4g}")
-                if stopped:
-                    run.save(training)
-                    again = f"python metapt.py {'meta' if training.learn else 'pretrain'} --resume {run.folder}"
+                if any(ranks.objects(bool(stopped))):
+                    training.compare_ranks()
+                    save(training)
+                    python = "python" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size}"
+                    again = f"{python} metapt.py {'meta' if training.learn else 'pretrain'} --resume {run.folder}"
                     raise Failed(f"stopped at PT step {training.step}; go on with: {again}")
 
-            training.run(each, run.save)
+            def save(training):  # nobody ends before it is saved
+                ranks.first(lambda: run.save(training))
+
+            training.run(each, save)
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)
@@ -2199,7 +2324,7 @@ def measure_runs(command: str, ask) -> None:  # `finetune` and `eval`
     torch.set_num_threads(domain.threads or torch.get_num_threads())
     config = {"command": command, **identity(type(domain)), "runs": [str(path) for path in paths], "sizes": sizes,
               "seeds": seeds, "settings": dataclasses.asdict(domain.settings)}  # fmt: skip
-    run, lines = Run.create(ask.out, config, ask.held), []
+    run, lines = Run(domain.ranks.first(lambda: Run.create(ask.out, config, ask.held).folder)), []
     if export:
         torch.save(networks[0].encoder.state_dict(), buffer := io.BytesIO())
         save_whole(export, buffer.getvalue())
@@ -2215,7 +2340,8 @@ def measure_runs(command: str, ask) -> None:  # `finetune` and `eval`
     summary = {"scope": domain.settings.measure_scope, "comparison": comparison_rows(domain, results)}
     if command == "eval":
         summary["differences"] = difference_rows(domain, results, list(methods), sizes)
-    conclude(command, domain, run, summary, ask, lines, {})
+    if not domain.ranks.rank:
+        conclude(command, domain, run, summary, ask, lines, {})
 
 
 def command_line(words: list[str]):
@@ -2248,8 +2374,22 @@ def misplaced(option: str, words: list[str]) -> str:  # where an option that a c
     return f"{option} belongs to {', '.join(owners)}, not to {command}" if owners else f"no such option: {option}"
 
 
+def join_ranks() -> None:  # of torchrun: gloo, or NCCL between GPUs
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # torchrun sees who has died
+
+
+def first_to_end() -> bool:  # of the ranks: it says why, and the others end because it did
+    if Ranks().size == 1:
+        return True
+    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return store.add(f"metapt ends {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+
+
 def main() -> None:
     """Runs a command; what the user can mend is one line and exit status 2, what they cannot is 1."""
+    join_ranks()
     try:
         status, message = command_line(sys.argv[1:]).main(standalone_mode=False) or 0, ""
         if status == 130:  # typer's word for Ctrl-C
@@ -2263,7 +2403,11 @@ def main() -> None:
         status, message = 1 if error.errno in (*FULL, errno.EPIPE, errno.EIO) else 2, str(error)
     except (Failed, torch.OutOfMemoryError, KeyboardInterrupt, typer.Abort) as error:
         status, message = 1, str(error) or "stopped"
-    if message:
+    except Exception:
+        if first_to_end():
+            raise
+        status, message = 1, ""
+    if message and first_to_end():
         print(f"metapt: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
