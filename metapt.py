@@ -659,54 +659,43 @@ def call(module: nn.Module, params: Params, *inputs, train: bool = False, live: 
 
 
 class Ranks:
-    """The processes that torchrun started; one without it. They divide each batch: a rank's loss is its share of the
-    whole batch's mean, so that what is linear in a loss, such as any of its derivatives, is summed over the ranks."""
+    """The processes that torchrun started (one without it), which divide each batch: a rank's loss is its share of the
+    whole batch's mean, so that what is linear in a loss, such as all its derivatives, is summed over the ranks."""
 
     def __init__(self):
         many = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank, self.size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
-        self.lost = functools.partial(refusing, f"rank {self.rank} has lost another rank", RuntimeError, Failed)
-        self.seed(0)
+        self.draws = np.random.default_rng(self.rank)  # seeds of what each rank draws for itself
 
-    def share(self, index: Tensor) -> tuple[Tensor, float]:  # this rank's part of a batch, and how much of it that is
-        mine = index.tensor_split(self.size)[self.rank]
-        return mine, len(mine) / len(index)
-
-    def sum(self, tensors: Params) -> Params:  # over the ranks, in one message
+    @refusing("another rank has ended", RuntimeError, Failed)
+    def sum(self, tensors: Params) -> Params:  # in one message
         if self.size == 1 or not tensors:
             return tensors
-        total = _flat(tensors)
-        with self.lost():
-            torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(total := _flat(tensors))
         return _unflat(total, tensors)
 
-    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
-        """The rows [n, d] of all ranks, [Σn, d], and where this rank's begin; differentiable any number of times, where
-        the sum over the ranks of what is made of them is."""
-        if self.size == 1:
-            return rows, 0
-        from torch.distributed.nn.functional import all_reduce
-
-        counts = self.objects(len(rows))
-        first, last = sum(counts[: self.rank]), sum(counts[self.rank + 1 :])
-        with self.lost():
-            return all_reduce(F.pad(rows, (0, 0, first, last))), first
-
-    def objects(self, one) -> list:  # of all ranks, in their order; nobody goes on before all are here
+    @refusing("another rank has ended", RuntimeError, Failed)
+    def objects(self, one) -> list:  # one of each rank, in their order; nobody goes on before all are here
         found = [one] * self.size
         if self.size > 1:
-            with self.lost():
-                torch.distributed.all_gather_object(found, one)
+            torch.distributed.all_gather_object(found, one)
         return found
 
     def first(self, make):  # what rank 0 makes, for all
         return self.objects(None if self.rank else make())[0]
 
-    def seed(self, *numbers: int) -> None:  # of what is drawn in `own`
-        self.draws = np.random.default_rng([*numbers, self.rank])
+    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        """The rows [n, d] of all ranks, and where this one's begin; each rank's loss may then depend on all of them."""
+        if self.size == 1:
+            return rows, 0
+        from torch.distributed.nn.functional import all_reduce
+
+        counts = self.objects(len(rows))
+        begin, after = sum(counts[: self.rank]), sum(counts[self.rank + 1 :])
+        return all_reduce(F.pad(rows, (0, 0, begin, after))), begin
 
     @contextlib.contextmanager
-    def own(self):  # within, each rank draws numbers of its own; torch's generators come out of it as they were
+    def own(self):  # here each rank draws for itself; all else that torch draws is alike on all ranks
         beside = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(beside, self.size > 1):
             if self.size > 1:
@@ -876,6 +865,7 @@ import time
 
 MANY_SKIPPED = 10  # meta steps in a row without a finite hypergradient: the run has failed
 CHECKPOINT_EVERY = 20  # rounds of P PT steps
+STATISTICS = ("running_mean", "running_var")  # of BatchNorm
 
 
 HELD_OUT, FOLDS = 1000, 5  # from so many FT examples a fifth of them is kept from learning φ
@@ -929,8 +919,9 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         self.losses = dict.fromkeys(("pretrain_loss", "finetune_loss", "validation_loss", "residual"), math.nan)
 
     def next_loss(self, stream: str, progress: float = 0.0, live: bool = False) -> Loss:
-        """On the next batch of a stream, or this rank's share of it, weighed so that the sum over the ranks is it."""
-        index, share = self.ranks.share(self.streams[stream].next())
+        """On the next batch of a stream; with ranks on a part of it, so weighed that their sum is that."""
+        index = (batch := self.streams[stream].next()).tensor_split(self.ranks.size)[self.ranks.rank]
+        share = len(index) / len(batch)
         with self.ranks.own():
             if stream in ("pretrain", "meta"):
                 loss = self.domain.pretrain_loss(self.network, self.meta, index, progress, live)
@@ -944,7 +935,12 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
             value = loss(theta, detached(self.meta))
             self.optimizer.zero_grad()
             self.domain.backward(value, theta)
-        value = self.over_ranks(value.detach().sum(), theta)
+        value = value.detach().sum()
+        if self.ranks.size > 1:  # BatchNorm's statistics are averaged, so that L_FT and L_V are the same on all
+            means = [b.div_(self.ranks.size) for n, b in self.network.named_buffers() if n.endswith(STATISTICS)]
+            tensors = [value, *means, *(p.grad for p in theta.values() if p.grad is not None)]
+            for mine, total in zip(tensors, self.ranks.sum(dict(enumerate(tensors))).values(), strict=True):
+                mine.copy_(total)
         self.optimizer.step()
         loss, psi = self.next_loss("finetune"), {name: p.detach().requires_grad_() for name, p in self.psi.items()}
         with self.ranks.own():
@@ -956,18 +952,6 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
             self.psi, state = finetune_step(psi, gradient, self.settings.unroll, getattr(self, which))
         setattr(self, which, state)
         self.losses |= {"pretrain_loss": value, "finetune_loss": head_value}
-
-    def over_ranks(self, value: Tensor, theta: Params) -> Tensor:
-        """Sums the PT loss and the gradients of θ, and averages BatchNorm's statistics, which each rank has of its own
-        share: L_FT and L_V are the same function everywhere."""
-        if self.ranks.size == 1:
-            return value
-        grads = {name: p.grad for name, p in theta.items() if p.grad is not None}
-        averaged = {name: b for name, b in self.network.named_buffers() if name.endswith(("running_mean", "running_var"))}
-        found = self.ranks.sum({"": value, **grads, **{name: b / self.ranks.size for name, b in averaged.items()}})
-        for name, tensor in (grads | averaged).items():
-            tensor.copy_(found[name])
-        return found[""].clone()
 
     def validation_loss(self) -> Loss:  # L_V: a mean over validation examples, or over these and FT's
         parts = ("validation",) if self.settings.validate_on == "validation" else ("finetune", "validation")
@@ -1069,7 +1053,7 @@ class Training:
         if missing := {"pretrain", "finetune", "validation", *domain.tests} - set(domain.sizes):
             raise BadInput(f"{type(domain).__name__}.sizes lacks {', '.join(sorted(missing))}")
         if domain.ranks.size > 1 and not domain.divisible:
-            raise BadInput(f"the PT loss of {type(domain).__name__} is no mean over examples: it needs a single process")
+            raise BadInput(f"the PT loss of {type(domain).__name__} is no mean over examples: no ranks")
         torch.manual_seed(self.settings.seed)
         first = Learner(domain)
         if (fewest := min(stream.batch for stream in first.streams.values())) < domain.ranks.size:
@@ -1087,13 +1071,13 @@ class Training:
     def run(self, each=lambda training: None, at_checkpoint=lambda training: None) -> "Training":
         """Goes on to the end. `each` is called after every round (P PT steps and the meta step that follows them, if
         any), `at_checkpoint` after every `CHECKPOINT_EVERY` rounds, and at the end."""
-        settings, begun = self.settings, time.perf_counter() - self.seconds
+        settings, ranks, begun = self.settings, self.domain.ranks, time.perf_counter() - self.seconds
         steps, warmup, every = settings.steps, settings.warmup, settings.meta_every
         while self.step < steps:
             # P steps make a round, counted from the end of the warm-up; what does not fit comes first and last.
             until = min(self.step + every - (self.step - warmup) % every, steps if self.step >= warmup else warmup)
             for learner in self.learners:
-                self.domain.ranks.seed(settings.seed, learner.number, self.step)
+                ranks.draws = np.random.default_rng([settings.seed, learner.number, self.step, ranks.rank])
                 self.domain.begin_episode(learner.meta)
                 for step in range(self.step, until):
                     share = step / steps if settings.cosine else 0.0  # Loshchilov and Hutter, ICLR 2017
@@ -1111,19 +1095,19 @@ class Training:
                 del self.learners[wanted:]
             each(self)
             if -(-self.step // every) % CHECKPOINT_EVERY == 0 or self.step == steps:
-                self.compare_ranks()
+                if ranks.size > 1:
+                    self.compare_ranks()
                 at_checkpoint(self)
         return self
 
-    def compare_ranks(self) -> None:  # Failed: what all ranks should have alike is not
-        if self.domain.ranks.size == 1:
-            return
-        tensors = {"θ": [t for learner in self.learners for t in learner.network.state_dict().values()],
-                   "ψ": [t for learner in self.learners for t in learner.psi.values()],
-                   "φ": [t for learner in self.learners for t in learner.meta.state_dict().values()],
-                   "the random state": [torch.get_rng_state()]}  # fmt: skip
-        ours = {name: hashlib.sha256(torch.cat([t.reshape(-1).view(torch.uint8) for t in of]).cpu().numpy()).digest()
-                for name, of in tensors.items() if of}  # fmt: skip
+    def compare_ranks(self) -> None:  # Failed: what all ranks should have alike they have not
+        def digest(tensors) -> bytes:
+            return hashlib.sha256(b"".join(t.reshape(-1).view(torch.uint8).cpu().numpy() for t in tensors)).digest()
+
+        ours = {"the random state": digest([torch.get_rng_state()])}
+        for learner in self.learners:
+            state = {"θ": learner.network.state_dict(), "ψ": learner.psi, "φ": learner.meta.state_dict()}
+            ours |= {f"{name} ({learner.number})": digest(tensors.values()) for name, tensors in state.items()}
         first, *others = self.domain.ranks.objects(ours)
         for (rank, theirs), name in itertools.product(enumerate(others, 1), ours):
             if theirs[name] != first[name]:
@@ -1263,15 +1247,14 @@ def compare(domain: Domain, methods: dict, examples: Sequence[int], seeds: int, 
     """Several encoders (name → function of a seed that gives θ) after the same FT: {(method, number of examples):
     [Finetuned, one for each of the seeds 0, 1, …]}; `advance` is called after each method and seed. Ranks take turns."""
     results = {(method, n): [] for method in methods for n in examples}
-    turns = itertools.cycle(range(domain.ranks.size))
-    for (seed, (method, network_of)), turn in zip(itertools.product(range(seeds), methods.items()), turns, strict=False):
+    for turn, (seed, (method, network_of)) in enumerate(itertools.product(range(seeds), methods.items())):
         torch.manual_seed(seed)
         network = network_of(seed)
-        for n in examples:
-            results[method, n].append(finetune(domain, network, n, seed) if turn == domain.ranks.rank else None)
+        for n in examples if turn % domain.ranks.size == domain.ranks.rank else ():
+            results[method, n].append((seed, finetune(domain, network, n, seed)))
         advance()
-    everyones = domain.ranks.objects(results)
-    return {key: [next(filter(None, of)) for of in zip(*(each[key] for each in everyones), strict=True)] for key in results}
+    all_of = domain.ranks.objects(results)
+    return {key: [found for _, found in sorted(itertools.chain(*(each[key] for each in all_of)))] for key in results}
 
 
 def held_score(domain: Domain, network: Network, examples: int, seed: int) -> float:
@@ -1730,9 +1713,8 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
             state = as_written(training.state_dict(), training.written())
         with writing(self.metrics, 0), self.metrics.open("ab") as file:
             os.fsync(file.fileno())  # all the bytes of it that the checkpoint counts
-            content = {"format": FORMAT, "config": self.digest, **state,
-                       "phi": training.best.learned().state_dict(), "metrics_bytes": file.tell(),
-                       "ranks": training.domain.ranks.size}  # fmt: skip
+            content = {"format": FORMAT, "config": self.digest, "ranks": training.domain.ranks.size, **state,
+                       "phi": training.best.learned().state_dict(), "metrics_bytes": file.tell()}  # fmt: skip
         torch.save(content, buffer := io.BytesIO())  # of a disk that is full it would say 58 lines
         buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
         save_whole(self.saved, buffer.getbuffer(), keep=self.earlier)
@@ -2012,16 +1994,14 @@ def settings_of(kind: type[Domain], given: dict, preset: str = "default") -> Set
 
 
 def pick_device(name: str) -> torch.device:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise BadInput(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N")
+    ranks = Ranks().size > 1  # each has a GPU of its own
+    if not re.fullmatch("auto|cpu|cuda" if ranks else r"auto|cpu|cuda(:\d+)?", name):
+        raise BadInput(f"--device is {name!r}, expected auto, cpu, cuda{'' if ranks else ' or cuda:N'}")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and Ranks().size > 1:
-        if device.index is not None:
-            raise BadInput(f"--device is {name!r}, expected auto, cpu or cuda: each rank has a GPU of its own")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" and ranks else device
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(f"--device {name}: there is no such GPU here")
-    if device.type == "cuda" and Ranks().size > 1:
+    if device.type == "cuda" and ranks:
         torch.cuda.set_device(device)
     return device
 
@@ -2067,8 +2047,6 @@ def download(context: typer.Context, data_set: Annotated[str, typer.Argument(hel
     name = data_set if source is None else f"{data_set} {source}"
     if name not in SCRIPTS:
         raise BadInput(f"{name!r} cannot be downloaded; there is {', '.join(SCRIPTS)} (the second word by --source)")
-    if Ranks().rank:  # the first alone
-        return
     if not (script := HERE / "data_scripts" / SCRIPTS[name]).exists():
         raise BadInput(f"{script} is missing: copy the folder data_scripts of metapt's repository there")
     with subprocess.Popen([sys.executable, str(script), *context.args]) as child:
@@ -2119,8 +2097,6 @@ def train(command: str, kind: type[Domain], ask) -> None:  # `pretrain` and `met
             found, line = choose(domain, methods, domain.finetune_limits()[1], bar) if learn else ({}, None)
         summary |= {"comparison": comparison_rows(domain, results), **found}
         lines += [line] if line else []
-    if domain.ranks.rank:
-        return
     conclude(command, domain, run, summary, ask, lines, run_figures(domain, learner, run.history()))
 
 
@@ -2179,7 +2155,7 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
         return Run(domain.ranks.first(lambda: Run.create(ask.out, config, ask.held).folder)), training
     run.restore(training, content)
     if content and content["ranks"] != domain.ranks.size:
-        ask.console.print(f"{ask.resume} had ranks: {content['ranks']}, now: {domain.ranks.size}; its numbers will differ")
+        ask.console.print(f"the run had {content['ranks']} ranks, this has {domain.ranks.size}: its numbers will differ")
     ask.console.print(f"going on at PT step {training.step} of {domain.settings.steps}")
     return run, training
 
@@ -2222,6 +2198,7 @@ def follow(training: Training, run: Run, console) -> None:  # with bar, metrics,
     settings, domain, ranks, stopped = training.settings, training.domain, training.domain.ranks, []
     if training.step >= settings.steps:
         return
+    save = lambda training: ranks.first(lambda: run.save(training))  # nobody goes on, or ends, before it is saved
     handlers = [(n, signal.signal(n, lambda *_: stopped.append(True))) for n in (signal.SIGINT, signal.SIGTERM)]
     try:
         label = "learning φ" if training.learn else "pre-training"
@@ -2240,14 +2217,10 @@ def follow(training: Training, run: Run, console) -> None:  # with bar, metrics,
                 value = next(iter(measured.values()), None)
                 bar(training.step, "" if value is None else f"φ {value:.4g}")
                 if any(ranks.objects(bool(stopped))):
-                    training.compare_ranks()
                     save(training)
                     python = "python" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size}"
                     again = f"{python} metapt.py {'meta' if training.learn else 'pretrain'} --resume {run.folder}"
                     raise Failed(f"stopped at PT step {training.step}; go on with: {again}")
-
-            def save(training):  # nobody ends before it is saved
-                ranks.first(lambda: run.save(training))
 
             training.run(each, save)
     finally:
@@ -2266,6 +2239,8 @@ def validation_loss(domain: Domain, learner: Learner) -> float:  # over the whol
 
 def conclude(command: str, domain: Domain, run: Run, found: dict, ask, lines: list[str], figures: dict) -> None:
     """The summary and the figures into the run's folder; tables, what else there is to say, and where everything is."""
+    if domain.ranks.rank:
+        return
     summary = {"command": command, "domain": identity(type(domain))["domain"], "seed": domain.settings.seed,
                "device": str(domain.device), "seconds": time.perf_counter() - ask.begun, **found}  # fmt: skip
     save_json(run.folder / "summary.json", summary)
@@ -2340,8 +2315,7 @@ def measure_runs(command: str, ask) -> None:  # `finetune` and `eval`
     summary = {"scope": domain.settings.measure_scope, "comparison": comparison_rows(domain, results)}
     if command == "eval":
         summary["differences"] = difference_rows(domain, results, list(methods), sizes)
-    if not domain.ranks.rank:
-        conclude(command, domain, run, summary, ask, lines, {})
+    conclude(command, domain, run, summary, ask, lines, {})
 
 
 def command_line(words: list[str]):
@@ -2378,13 +2352,18 @@ def join_ranks() -> None:  # of torchrun: gloo, or NCCL between GPUs
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # torchrun sees who has died
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so torchrun ends the others
 
 
 def first_to_end() -> bool:  # of the ranks: it says why, and the others end because it did
     if Ranks().size == 1:
         return True
-    store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return store.add(f"metapt ends {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with contextlib.suppress(RuntimeError):
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(*where, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"metapt ends {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+    return True  # the rank that kept the store is gone
 
 
 def main() -> None:
