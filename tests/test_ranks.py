@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from tools import Toy, find_domain, flat, main_in, outcome, toy_file, training
+from tools import Toy, domain_of, find_domain, flat, main_in, outcome, toy_file, training
 from torch import nn
 
 import metapt
@@ -82,6 +82,13 @@ def command(folder, *words) -> tuple[int, str, str]:
           mock.patch("sys.argv", ["metapt.py", *words]), pytest.raises(SystemExit) as ended):  # fmt: skip
         metapt.main()
     return ended.value.code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported(tmp_path_factory):
+    """What a run imports only once it is needed is imported before any process is forked."""
+    toy_file((folder := tmp_path_factory.mktemp("imported")) / "toy.py")
+    assert main_in(folder, "meta", "toy.py", "--steps=8", "--warmup=0", "--compare=1", "--measure-steps=1")[0] == 0
 
 
 def alone() -> metapt.Ranks:
@@ -217,8 +224,18 @@ class Plain(Toy):
     def meta(self):
         return super().meta().double()
 
+    def pretrain_loss(self, network, meta, index, progress, live):
+        points, classes = self.inputs("pretrain", index), self.targets("pretrain", index)
 
-UNEVEN = {"batch_size": 7, "meta_batch_size": 15, "unroll_batch_size": 5, "validation_batch_size": 9, "jitter": 0.0}
+        def loss(theta, phi):
+            logits = metapt.call(network, theta, points, train=True, live=live)
+            weights = metapt.call(meta, phi, classes).sigmoid().squeeze(1)
+            return (weights * F.cross_entropy(logits, classes, reduction="none")).mean()
+
+        return loss
+
+
+UNEVEN = {"batch_size": 7, "meta_batch_size": 15, "unroll_batch_size": 5, "validation_batch_size": 9}
 
 
 def state_of(done) -> dict:
@@ -229,10 +246,11 @@ def state_of(done) -> dict:
 def whole_run(**given):
     """θ, ψ, φ and validation losses after a run, of this rank and of one process."""
     metapt.join_ranks()
-    ours, one = (training(Plain, **UNEVEN, **given) for _ in range(2))
-    for learner in one.learners:
-        learner.ranks = one.domain.ranks = alone()
-    return [state_of(each.run()) for each in (ours, one)]
+    found = []
+    for ranks in (metapt.Ranks(), alone()):
+        (domain := domain_of(Plain, **UNEVEN, **given)).ranks = ranks
+        found.append(state_of(metapt.Training(domain, True).run()))
+    return found
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -279,7 +297,8 @@ def drawing_run():
 def test_what_ranks_draw_is_their_own_and_the_rest_is_alike():
     """On a domain with BatchNorm and jitter: θ, φ with its noise, batches, BatchNorm's statistics."""
     (first, again), (other, _) = in_ranks(2, drawing_run)
-    assert not set(first[1]) & set(other[1]) and len(set(first[1])) > 24
+    mine, others = set(first[1][1:]), set(other[1][1:])  # the first is of `check_losses`
+    assert not mine & others and len(mine) > 24
     assert first[1] == again[1]
     for one in (again, other):
         assert all(torch.equal(first[0][name], one[0][name]) for name in ("θ", "ψ", "φ"))
