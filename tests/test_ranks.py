@@ -65,7 +65,7 @@ def in_ranks(size, work, *arguments) -> list:
     try:
         for rank, (_, end) in enumerate(ends):
             assert end.poll(max(0, until - time.monotonic())), f"rank {rank} has not ended"
-            good, result = pickle.loads(end.recv_bytes())  # noqa: S301 (of this test)
+            good, result = pickle.loads(end.recv_bytes())
             assert good, f"rank {rank}: {result}"
             results.append(result)
     finally:
@@ -147,8 +147,8 @@ class Problem:
             return shares[0] * (phi["weight"][labels[0]] * F.cross_entropy(scores, labels[0], reduction="none")).mean()
 
         def head_loss(i):
-            return lambda theta, psi: shares[i] * F.cross_entropy(
-                torch.tanh(inputs[i] @ theta["a"]) @ psi["w"], labels[i]
+            return lambda theta, psi: (
+                shares[i] * F.cross_entropy(torch.tanh(inputs[i] @ theta["a"]) @ psi["w"], labels[i])
             )
 
         return pretrain_loss, head_loss(1), head_loss(2)
@@ -169,12 +169,15 @@ def compared(problem, wrong: bool, **options) -> dict[str, float]:
     def worst(**changes):
         found = problem.hypergradient(ranks, **changes, **options)
         assert changes or found.residual == pytest.approx(truth.residual, rel=1e-5, abs=1e-8, nan_ok=True)
-        return max(error(getattr(found, name), getattr(truth, name)) for name in ("phi", "psi0", "psi", "q")) + (
-            abs(found.value - truth.value) / truth.value
-        ).item()
+        return (
+            max(error(getattr(found, name), getattr(truth, name)) for name in ("phi", "psi0", "psi", "q"))
+            + (abs(found.value - truth.value) / truth.value).item()
+        )
 
     errors = {"right": worst()}
-    return errors | {"another batch": worst(moved=ranks.rank), "nothing summed": worst(reduced=False)} if wrong else errors
+    return (
+        errors | {"another batch": worst(moved=ranks.rank), "nothing summed": worst(reduced=False)} if wrong else errors
+    )
 
 
 def all_compared(optimizers) -> dict[tuple, dict]:
@@ -202,7 +205,9 @@ def test_shares_of_ranks_give_the_hypergradient_of_one_process(size, optimizers)
         assert all(wrong > 1e-3 for name, wrong in errors.items() if name != "right"), (case, errors)
     if table := os.environ.get("TABLE"):
         with open(table, "a") as file:
-            file.write(json.dumps([size, [[*case, max(cases[case]["right"] for cases in found)] for case in found[0]]]) + "\n")
+            file.write(
+                json.dumps([size, [[*case, max(cases[case]["right"] for cases in found)] for case in found[0]]]) + "\n"
+            )
 
 
 # Algorithm 1
@@ -431,7 +436,10 @@ class Lacking(Toy):
         if self.rounds == 70 and self.ranks.rank == 1:
             raise metapt.BadInput("rank 1 lacks something")
 """)  # fmt: skip
-    process, until = torchrun(tmp_path, "meta", f"toy.py:{'Lacking' if end == 'exception' else 'Toy'}", "--out=run", *LONG), 0
+    process, until = (
+        torchrun(tmp_path, "meta", f"toy.py:{'Lacking' if end == 'exception' else 'Toy'}", "--out=run", *LONG),
+        0,
+    )
     try:
         until = time.monotonic() + LIMIT
         while not (tmp_path / "run" / "checkpoint.pt").exists():
