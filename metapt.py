@@ -495,7 +495,7 @@ from typing import Annotated, ClassVar, get_args, get_type_hints
 
 import numpy as np
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 
 UNREADABLE = (OSError, ValueError, RecursionError)  # what a file leads to that is missing, torn, or no JSON
 PANELS = ("Run", "Pre-training", "Fine-tuning in the meta step", "Learning φ", "Measuring", "Of this domain")
@@ -663,36 +663,26 @@ class Ranks:
     whole batch's mean, so that what is linear in a loss, such as all its derivatives, is summed over the ranks."""
 
     def __init__(self):
-        many = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank, self.size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
+        many = distributed.is_available() and distributed.is_initialized()
+        self.rank, self.size = (distributed.get_rank(), distributed.get_world_size()) if many else (0, 1)
         self.draws = np.random.default_rng(self.rank)  # seeds of what each rank draws for itself
 
     @refusing("another rank has ended", RuntimeError, Failed)
     def sum(self, tensors: Params) -> Params:  # in one message
         if self.size == 1 or not tensors:
             return tensors
-        torch.distributed.all_reduce(total := _flat(tensors))
+        distributed.all_reduce(total := _flat(tensors))
         return _unflat(total, tensors)
 
     @refusing("another rank has ended", RuntimeError, Failed)
     def objects(self, one) -> list:  # one of each rank, in their order; nobody goes on before all are here
         found = [one] * self.size
         if self.size > 1:
-            torch.distributed.all_gather_object(found, one)
+            distributed.all_gather_object(found, one)
         return found
 
     def first(self, make):  # what rank 0 makes, for all
         return self.objects(None if self.rank else make())[0]
-
-    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
-        """The rows [n, d] of all ranks, and where this one's begin; each rank's loss may then depend on all of them."""
-        if self.size == 1:
-            return rows, 0
-        from torch.distributed.nn.functional import all_reduce
-
-        counts = self.objects(len(rows))
-        begin, after = sum(counts[: self.rank]), sum(counts[self.rank + 1 :])
-        return all_reduce(F.pad(rows, (0, 0, begin, after))), begin
 
     @contextlib.contextmanager
     def own(self):  # here each rank draws for itself; all else that torch draws is alike on all ranks
@@ -715,7 +705,7 @@ class Domain(abc.ABC):
     captions: ClassVar[dict[str, str]] = {}  # what `measure` gives, in words for a figure's axis
     threads: ClassVar[int | None] = None  # of the CPU; None: torch's choice
     access: ClassVar[dict[str, int]] = {}  # parts of which nothing before FT may see more than so many examples
-    divisible: ClassVar[bool] = True  # L_PT is a mean over examples, or of all ranks' (`ranks.gather`): ranks share it
+    divisible: ClassVar[bool] = True  # L_PT is a mean over examples, which `ranks` may divide
     sizes: dict[str, int] = {}  # examples in each part  # noqa: RUF012
 
     def __init__(self, settings: Settings, device: torch.device, data: Path):
@@ -865,7 +855,6 @@ import time
 
 MANY_SKIPPED = 10  # meta steps in a row without a finite hypergradient: the run has failed
 CHECKPOINT_EVERY = 20  # rounds of P PT steps
-STATISTICS = ("running_mean", "running_var")  # of BatchNorm
 
 
 HELD_OUT, FOLDS = 1000, 5  # from so many FT examples a fifth of them is kept from learning φ
@@ -937,7 +926,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
             self.domain.backward(value, theta)
         value = value.detach().sum()
         if self.ranks.size > 1:  # BatchNorm's statistics are averaged, so that L_FT and L_V are the same on all
-            means = [b.div_(self.ranks.size) for n, b in self.network.named_buffers() if n.endswith(STATISTICS)]
+            means = [b.div_(self.ranks.size) for n, b in self.network.named_buffers() if ".running_" in n]
             tensors = [value, *means, *(p.grad for p in theta.values() if p.grad is not None)]
             for mine, total in zip(tensors, self.ranks.sum(dict(enumerate(tensors))).values(), strict=True):
                 mine.copy_(total)
@@ -1101,16 +1090,14 @@ class Training:
         return self
 
     def compare_ranks(self) -> None:  # Failed: what all ranks should have alike they have not
-        def digest(tensors) -> bytes:
-            return hashlib.sha256(b"".join(t.reshape(-1).view(torch.uint8).cpu().numpy() for t in tensors)).digest()
-
-        ours = {"the random state": digest([torch.get_rng_state()])}
+        state = {"the random state": [torch.get_rng_state()]}
         for learner in self.learners:
-            state = {"θ": learner.network.state_dict(), "ψ": learner.psi, "φ": learner.meta.state_dict()}
-            ours |= {f"{name} ({learner.number})": digest(tensors.values()) for name, tensors in state.items()}
-        first, *others = self.domain.ranks.objects(ours)
-        for (rank, theirs), name in itertools.product(enumerate(others, 1), ours):
-            if theirs[name] != first[name]:
+            named = {"θ": learner.network.state_dict(), "ψ": learner.psi, "φ": learner.meta.state_dict()}
+            state |= {f"{name} ({learner.number})": list(tensors.values()) for name, tensors in named.items()}
+        numbers = lambda tensors: b"".join(t.reshape(-1).view(torch.uint8).cpu().numpy() for t in tensors)
+        sums = self.domain.ranks.objects({name: hashlib.sha256(numbers(of)).digest() for name, of in state.items()})
+        for rank, name in itertools.product(range(1, len(sums)), state):
+            if sums[rank][name] != sums[0][name]:
                 raise Failed(f"at PT step {self.step} {name} of rank {rank} is not that of rank 0")
 
     def _progress(self, step: int) -> float:  # how much of the run after the warm-up is over; 1 in PT alone
@@ -1994,15 +1981,11 @@ def settings_of(kind: type[Domain], given: dict, preset: str = "default") -> Set
 
 
 def pick_device(name: str) -> torch.device:
-    ranks = Ranks().size > 1  # each has a GPU of its own
-    if not re.fullmatch("auto|cpu|cuda" if ranks else r"auto|cpu|cuda(:\d+)?", name):
-        raise BadInput(f"--device is {name!r}, expected auto, cpu, cuda{'' if ranks else ' or cuda:N'}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise BadInput(f"--device is {name!r}, expected auto, cpu, cuda or cuda:N")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" and ranks else device
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(f"--device {name}: there is no such GPU here")
-    if device.type == "cuda" and ranks:
-        torch.cuda.set_device(device)
     return device
 
 
@@ -2155,7 +2138,7 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
         return Run(domain.ranks.first(lambda: Run.create(ask.out, config, ask.held).folder)), training
     run.restore(training, content)
     if content and content["ranks"] != domain.ranks.size:
-        ask.console.print(f"the run had {content['ranks']} ranks, this has {domain.ranks.size}: its numbers will differ")
+        ask.console.print(f"ranks: {content['ranks']} before, {domain.ranks.size} now: the run's numbers will differ")
     ask.console.print(f"going on at PT step {training.step} of {domain.settings.steps}")
     return run, training
 
@@ -2239,8 +2222,6 @@ def validation_loss(domain: Domain, learner: Learner) -> float:  # over the whol
 
 def conclude(command: str, domain: Domain, run: Run, found: dict, ask, lines: list[str], figures: dict) -> None:
     """The summary and the figures into the run's folder; tables, what else there is to say, and where everything is."""
-    if domain.ranks.rank:
-        return
     summary = {"command": command, "domain": identity(type(domain))["domain"], "seed": domain.settings.seed,
                "device": str(domain.device), "seconds": time.perf_counter() - ask.begun, **found}  # fmt: skip
     save_json(run.folder / "summary.json", summary)
@@ -2253,7 +2234,7 @@ def conclude(command: str, domain: Domain, run: Run, found: dict, ask, lines: li
     names = ", ".join(sorted(path.name for path in run.folder.iterdir() if path.name[0] != "."))
     for line in (*lines, f"{summary['seconds']:.0f} s; {run.folder}: {names}"):
         ask.console.print(line, highlight=False)
-    if ask.json:
+    if ask.json and not domain.ranks.rank:
         print(json.dumps(summary))
 
 
@@ -2348,22 +2329,24 @@ def misplaced(option: str, words: list[str]) -> str:  # where an option that a c
     return f"{option} belongs to {', '.join(owners)}, not to {command}" if owners else f"no such option: {option}"
 
 
-def join_ranks() -> None:  # of torchrun: gloo, or NCCL between GPUs
-    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+def join_ranks() -> None:  # of torchrun, by gloo; between GPUs, of which each rank has its own, by NCCL
+    if distributed.is_available() and distributed.is_torchelastic_launched():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # torchrun sees who has died
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so torchrun ends the others
+        distributed.init_process_group(backend, timeout=timedelta(days=1))  # it is torchrun that sees who has died
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # and then ends the others
 
 
-def first_to_end() -> bool:  # of the ranks: it says why, and the others end because it did
+def first_to_end() -> bool:  # of the ranks: it says why, the others end because it did
     if Ranks().size == 1:
         return True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     with contextlib.suppress(RuntimeError):
-        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.TCPStore(*where, is_master=False, timeout=timedelta(seconds=5))
+        store = distributed.TCPStore(*where, timeout=timedelta(seconds=5))
         return store.add(f"metapt ends {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
-    return True  # the rank that kept the store is gone
+    return True  # with the rank that kept the store
 
 
 def main() -> None:

@@ -346,16 +346,13 @@ def refusals() -> list[str]:
         with pytest.raises(metapt.BadInput) as refused:
             training(kind, **given)
         said.append(str(refused.value))
-    with pytest.raises(metapt.BadInput) as refused:
-        metapt.pick_device("cuda:1")
-    return [*said, str(refused.value)]
+    return said
 
 
 def test_what_cannot_be_divided_is_refused():
     assert in_ranks(2, refusals) == 2 * [[
         "the PT loss of Indivisible is no mean over examples: no ranks",
-        "a batch of 1 examples cannot be divided over 2 ranks",
-        "--device is 'cuda:1', expected auto, cpu, cuda"]]  # fmt: skip
+        "a batch of 1 examples cannot be divided over 2 ranks"]]  # fmt: skip
 
 
 # Commands
@@ -403,7 +400,7 @@ def test_a_run_goes_on(size, home, tmp_path):
     words = "meta", "--resume=run"
     code, out, err = main_in(tmp_path, *words) if size == 1 else in_ranks(2, command, tmp_path, *words)[0]
     assert code == 0 and content["ranks"] == 2 and content["step"] == 40, err
-    assert ("the run had 2 ranks, this has 1" in out) == (size == 1)
+    assert ("ranks: 2 before, 1 now" in out) == (size == 1)
     assert "going on at PT step " in out and "going on at PT step 40" not in out
     assert (outcome(run) == outcome(home.folder / "run")) == (size == 2)
 
