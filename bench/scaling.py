@@ -227,7 +227,8 @@ class Divided(Workload):
     def __init__(self, size: Size, method: str):
         super().__init__(size)
         self.ranks, n = metapt.Ranks(), size.batch
-        self.solver = Solver(method, size.terms, alpha=0.01 if method == "neumann" else None, hvp=size.hvp)
+        alpha, damping = (0.01, 0.0) if method == "neumann" else (None, 1.0)
+        self.solver = Solver(method, size.terms, alpha, damping, hvp=size.hvp)
         own = torch.arange(n).tensor_split(self.ranks.size)[self.ranks.rank]
         self.share, self.messages = len(own) / n, []
         for name in ("x", "xf", "xv", "y", "yf", "yv", "rows"):

@@ -187,10 +187,12 @@ def all_compared(optimizers) -> dict[tuple, dict]:
         for scope in ("head", "all"):
             unroll = Unroll(2, 0.1, (0.8, 0.95), 1e-2, optimizer, scope)
             options = {"unroll": unroll, "solver": Solver(**solver, hvp=hvp)}
-            cases[name, scope, optimizer, hvp] = compared(Problem(), name != "nystrom, full", **options)
+            cases[name, scope, optimizer, hvp] = compared(
+                Problem(), metapt.Ranks().size == 2 and name != "nystrom, full", **options
+            )
     for name, hvp in itertools.product(("cg", "neumann"), TOLERANCE):
         options = {"unroll": Unroll(1, 0.1), "solver": Solver(**SOLVERS[name], hvp=hvp)}
-        cases[name, "warm", "sgd", hvp] = compared(Problem(), True, q0=Problem().theta, **options)
+        cases[name, "warm", "sgd", hvp] = compared(Problem(), False, q0=Problem().theta, **options)
         cases[name, "views", "sgd", hvp] = compared(Problem(of_views=True), False, **options)
     return cases
 
@@ -358,7 +360,7 @@ def test_what_cannot_be_divided_is_refused():
 # Commands
 
 LONG = ["--steps=100000", "--compare=0"]
-SHORT = ["--steps=40", "--compare=1", "--measure-steps=5"]
+SHORT = ["--steps=28", "--compare=1", "--measure-steps=5"]
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +378,7 @@ def home(tmp_path_factory):
 def test_rank_0_alone_writes_and_speaks(home):
     (_, out, _), other = home.said
     assert other == (0, "", "")
-    assert json.loads(out)["meta_steps"] == 9
+    assert json.loads(out)["meta_steps"] == 6
     rows = [json.loads(line) for line in (home.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
     assert not [path for path in (home.folder / "run").iterdir() if path.name.startswith(".")]
@@ -399,9 +401,9 @@ def test_a_run_goes_on(size, home, tmp_path):
         (run / name.replace(".previous", "")).write_bytes((home.folder / "run" / name).read_bytes())
     words = "meta", "--resume=run"
     code, out, err = main_in(tmp_path, *words) if size == 1 else in_ranks(2, command, tmp_path, *words)[0]
-    assert code == 0 and content["ranks"] == 2 and content["step"] == 40, err
+    assert code == 0 and content["ranks"] == 2 and content["step"] == 28, err
     assert ("ranks: 2 before, 1 now" in out) == (size == 1)
-    assert "going on at PT step " in out and "going on at PT step 40" not in out
+    assert "going on at PT step " in out and "going on at PT step 28" not in out
     assert (outcome(run) == outcome(home.folder / "run")) == (size == 2)
 
 
