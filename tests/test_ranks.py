@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:‖Hq − v‖", "ignore:.*fork.*:DeprecationWarning"),
 ]
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
-LIMIT = 120  # seconds that processes may take
+LIMIT = 120  # seconds that processes may take, on a busy machine
 
 
 # Tools
@@ -359,7 +359,7 @@ def test_what_cannot_be_divided_is_refused():
 
 # Commands
 
-LONG = ["--steps=100000", "--compare=0"]
+LONG = ["--steps=100000", "--warmup=0", "--compare=0"]
 SHORT = ["--steps=28", "--compare=1", "--measure-steps=5"]
 
 
@@ -432,13 +432,10 @@ def test_torchrun_ends_all_at_once_with_one_line(end, line, home, tmp_path):
 class Lacking(Toy):
     def begin_episode(self, meta):
         self.rounds = getattr(self, "rounds", 0) + 1
-        if self.rounds == 70 and self.ranks.rank == 1:
+        if self.rounds == 25 and self.ranks.rank == 1:
             raise metapt.BadInput("rank 1 lacks something")
 """)  # fmt: skip
-    process, until = (
-        torchrun(tmp_path, "meta", f"toy.py:{'Lacking' if end == 'exception' else 'Toy'}", "--out=run", *LONG),
-        0,
-    )
+    process = torchrun(tmp_path, "meta", f"toy.py:{'Lacking' if end == 'exception' else 'Toy'}", "--out=run", *LONG)
     try:
         until = time.monotonic() + LIMIT
         while not (tmp_path / "run" / "checkpoint.pt").exists():
