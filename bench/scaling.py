@@ -246,18 +246,18 @@ class Divided(Workload):
                                     reduce=self.reduce)  # fmt: skip
 
 
-def measure_share(repeats: int = 9) -> list[dict]:
+def measure_share(repeats: int = 5) -> list[dict]:
     """Rows of this rank; the slowest rank's seconds."""
     rows = []
     for name, (size, method) in STEPS.items():
-        work, seconds = Divided(size._replace(width=512, batch=1024), method), []
+        work, seconds = Divided(size._replace(batch=512), method), []
         for _ in range(repeats + 1):
             work.messages.clear()
             work.ranks.objects(None)
             begun = time.perf_counter()
             work.meta_step()
             seconds.append(max(work.ranks.objects(time.perf_counter() - begun)))
-        rows.append({"step": name, "ranks": work.ranks.size, "parameters": work.parameters, "batch": 1024,
+        rows.append({"step": name, "ranks": work.ranks.size, "parameters": work.parameters, "batch": 512,
                      "messages": len(work.messages), "bytes": sum(work.messages), "seconds": float(np.median(seconds[1:])),
                      "flops": sum(work.ranks.objects(counting.flops(work.meta_step)))})  # fmt: skip
     return rows
