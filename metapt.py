@@ -496,7 +496,7 @@ from typing import Annotated, ClassVar, get_args, get_type_hints
 
 import numpy as np
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 
 UNREADABLE = (OSError, ValueError, RecursionError)  # what a file leads to that is missing, torn, or no JSON
 PANELS = ("Run", "Pre-training", "Fine-tuning in the meta step", "Learning φ", "Measuring", "Of this domain")
@@ -680,6 +680,41 @@ def call(module: nn.Module, params: Params, *inputs, train: bool = False, live: 
     return found.float() if lower and isinstance(found, Tensor) else found
 
 
+class Ranks:
+    """The processes that torchrun started (one without it), which divide each batch: a rank's loss is its share of the
+    whole batch's mean, so that what is linear in a loss, such as all its derivatives, is summed over the ranks."""
+
+    def __init__(self):
+        many = distributed.is_available() and distributed.is_initialized()
+        self.rank, self.size = (distributed.get_rank(), distributed.get_world_size()) if many else (0, 1)
+        self.draws = np.random.default_rng(self.rank)  # seeds of what each rank draws for itself
+
+    @refusing("another rank has ended", RuntimeError, Failed)
+    def sum(self, tensors: Params) -> Params:  # in one message
+        if self.size == 1 or not tensors:
+            return tensors
+        distributed.all_reduce(total := _flat(tensors))
+        return _unflat(total, tensors)
+
+    @refusing("another rank has ended", RuntimeError, Failed)
+    def objects(self, one) -> list:  # one of each rank, in their order; nobody goes on before all are here
+        found = [one] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(found, one)
+        return found
+
+    def first(self, make):  # what rank 0 makes, for all
+        return self.objects(None if self.rank else make())[0]
+
+    @contextlib.contextmanager
+    def own(self):  # here each rank draws for itself; all else that torch draws is alike on all ranks
+        beside = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(beside, self.size > 1):
+            if self.size > 1:
+                torch.manual_seed(int(self.draws.integers(2**63)))
+            yield
+
+
 class Domain(abc.ABC):
     """One experiment: its data, networks, φ, losses and metric. A subclass sets `sizes`, defines what is abstract here
     and, where the default does not serve, the rest. Examples are known by their number within a part of the data:
@@ -692,11 +727,12 @@ class Domain(abc.ABC):
     captions: ClassVar[dict[str, str]] = {}  # what `measure` gives, in words for a figure's axis
     threads: ClassVar[int | None] = None  # of the CPU; None: torch's choice
     access: ClassVar[dict[str, int]] = {}  # parts of which nothing before FT may see more than so many examples
+    divisible: ClassVar[bool] = True  # L_PT is a mean over examples, which `ranks` may divide
     sizes: dict[str, int] = {}  # examples in each part  # noqa: RUF012
 
     def __init__(self, settings: Settings, device: torch.device, data: Path):
         """`data`: the folder under which prepared data lie. What is drawn from torch after this is the seed's."""
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.ranks = settings, device, Ranks()
         torch.manual_seed(settings.seed)
 
     @abc.abstractmethod
@@ -885,7 +921,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
 
     def __init__(self, domain: Domain):
         settings = self.settings = domain.settings
-        self.domain, self.number = domain, 0
+        self.domain, self.ranks, self.number = domain, domain.ranks, 0
         self.network, self.head, self.meta = domain.network(), domain.head(), domain.meta()
         # Of losses alone: what measures θ calls the network as it is.
         self.network.precision, self.network.compiled = settings.precision, settings.compile
@@ -905,39 +941,57 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         self.skipped = self.skipped_in_a_row = self.meta_steps = 0
         self.losses = dict.fromkeys(("pretrain_loss", "finetune_loss", "validation_loss", "residual"), math.nan)
 
+    def next_loss(self, stream: str, progress: float = 0.0, live: bool = False) -> Loss:
+        """On the next batch of a stream; with ranks on a part of it, so weighed that their sum is that."""
+        batch, (rank, size) = self.streams[stream].next(), (self.ranks.rank, self.ranks.size)
+        index, share = batch.tensor_split(size)[rank], len(batch.tensor_split(size)[rank]) / len(batch)
+        index.on_host = batch.on_host.tensor_split(size)[rank]
+        with self.ranks.own():
+            if stream in ("pretrain", "meta"):
+                loss = self.domain.pretrain_loss(self.network, self.meta, index, progress, live)
+            else:
+                loss = self.domain.finetune_loss(self.network, self.head, stream, index)
+        return loss if share == 1 else lambda *params: share * loss(*params)
+
     def pretrain_step(self, progress: float) -> None:  # one step on θ with φ fixed, one on the FT head ψ
-        theta = dict(self.network.named_parameters())
-        loss = self.domain.pretrain_loss(self.network, self.meta, self.streams["pretrain"].next(), progress, live=True)
-        value = loss(theta, detached(self.meta))
-        self.optimizer.zero_grad()
-        self.domain.backward(value, theta)
+        theta, loss = dict(self.network.named_parameters()), self.next_loss("pretrain", progress, live=True)
+        with self.ranks.own():
+            value = loss(theta, detached(self.meta))
+            self.optimizer.zero_grad()
+            self.domain.backward(value, theta)
+        value = value.detach().sum()
+        if self.ranks.size > 1:  # BatchNorm's statistics are averaged, so that L_FT and L_V are the same on all
+            means = [b.div_(self.ranks.size) for n, b in self.network.named_buffers() if ".running_" in n]
+            tensors = [value, *means, *(p.grad for p in theta.values() if p.grad is not None)]
+            for mine, total in zip(tensors, self.ranks.sum(dict(enumerate(tensors))).values(), strict=True):
+                mine.copy_(total)
         self.optimizer.step()
-        loss = self.domain.finetune_loss(self.network, self.head, "finetune", self.streams["finetune"].next())
-        psi = {name: p.detach().requires_grad_() for name, p in self.psi.items()}
-        head_value = loss(detached(self.network), psi)
-        gradient = _grad(head_value, psi)
+        loss, psi = self.next_loss("finetune"), {name: p.detach().requires_grad_() for name, p in self.psi.items()}
+        with self.ranks.own():
+            head_value = loss(detached(self.network), psi)
+        gradient = self.ranks.sum({"": head_value.detach(), **_grad(head_value, psi)})
+        head_value = gradient.pop("")
         which = "ft_state" if self.settings.unroll_scope == "head" else "head_state"
         with torch.no_grad():
             self.psi, state = finetune_step(psi, gradient, self.settings.unroll, getattr(self, which))
         setattr(self, which, state)
-        self.losses |= {"pretrain_loss": value.detach().sum(), "finetune_loss": head_value.detach()}
+        self.losses |= {"pretrain_loss": value, "finetune_loss": head_value}
 
     def validation_loss(self) -> Loss:  # L_V: a mean over validation examples, or over these and FT's
         parts = ("validation",) if self.settings.validate_on == "validation" else ("finetune", "validation")
-        batches = {part: self.streams[part].next() for part in parts}
-        losses = [self.domain.finetune_loss(self.network, self.head, part, i) for part, i in batches.items()]
+        losses = [self.next_loss(part) for part in parts]
         shares = [self.streams[part].n / sum(self.streams[each].n for each in parts) for part in parts]
         return lambda theta, psi: sum(share * loss(theta, psi) for share, loss in zip(shares, losses, strict=True))
 
     def meta_step(self, progress: float) -> None:  # one step on φ, which stays where no hypergradient is finite
-        domain, settings, streams = self.domain, self.settings, self.streams
-        finetune = [domain.finetune_loss(self.network, self.head, "finetune", streams["finetune"].next())
-                    for _ in range(settings.unroll_steps)]  # fmt: skip
+        domain, settings, ranks = self.domain, self.settings, self.ranks
+        finetune = [self.next_loss("finetune") for _ in range(settings.unroll_steps)]
+        losses = self.next_loss("meta", progress), finetune, self.validation_loss()
         try:
-            result = hypergradient(
-                domain.pretrain_loss(self.network, self.meta, streams["meta"].next(), progress, live=False), finetune,
-                self.validation_loss(), detached(self.network), self.psi, detached(self.meta),
-                unroll=settings.unroll, solver=settings.inverse, ft_state=self.ft_state)  # fmt: skip
+            with ranks.own():
+                result = hypergradient(
+                    *losses, detached(self.network), self.psi, detached(self.meta), unroll=settings.unroll,
+                    solver=settings.inverse, ft_state=self.ft_state, reduce=ranks.sum if ranks.size > 1 else None)  # fmt: skip
             if result.residual >= 1 and not _finite(q=result.q)["q"]:
                 raise FloatingPointError("q = 0, the PT Hessian curves down along v: --damping may help")
         except FloatingPointError as error:
@@ -958,8 +1012,9 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
                 before = self.average.get(name, torch.zeros_like(p))
                 self.average[name] = before + (p - before) / self.averaged
         self.skipped_in_a_row, self.meta_steps = 0, self.meta_steps + 1
-        self.losses |= {"validation_loss": result.value, "residual": result.residual}
-        self.recent = [*self.recent[-9:], result.value]
+        value = result.value.clone()  # which may be a view of much more
+        self.losses |= {"validation_loss": value, "residual": result.residual}
+        self.recent = [*self.recent[-9:], value]
 
     def learned(self) -> nn.Module:  # φ, or its average over the end of the run where that was asked for
         meta = copy.deepcopy(self.meta)
@@ -1026,8 +1081,12 @@ class Training:
         twice = "exact" in (self.settings.hvp, self.settings.unroll_scope == "all" and self.settings.unroll_hvp)
         if self.settings.compile and learn and twice:
             raise BadInput("--compile needs finite products: --hvp finite, and in --unroll-scope all --unroll-hvp finite")
+        if domain.ranks.size > 1 and not domain.divisible:
+            raise BadInput(f"the PT loss of {type(domain).__name__} is no mean over examples: no ranks")
         torch.manual_seed(self.settings.seed)
         first = Learner(domain)
+        if (fewest := min(stream.batch for stream in first.streams.values())) < domain.ranks.size:
+            raise BadInput(f"a batch of {fewest} examples cannot be divided over {domain.ranks.size} ranks")
         if phi is not None:
             with refusing(f"φ does not fit {type(domain).__name__}", ValueError):
                 first.meta.load_state_dict(as_written(phi, first.meta.state_dict()))
@@ -1041,12 +1100,13 @@ class Training:
     def run(self, each=lambda training: None, at_checkpoint=lambda training: None) -> "Training":
         """Goes on to the end. `each` is called after every round (P PT steps and the meta step that follows them, if
         any), `at_checkpoint` after every `CHECKPOINT_EVERY` rounds, and at the end."""
-        settings, begun = self.settings, time.perf_counter() - self.seconds
+        settings, ranks, begun = self.settings, self.domain.ranks, time.perf_counter() - self.seconds
         steps, warmup, every = settings.steps, settings.warmup, settings.meta_every
         while self.step < steps:
             # P steps make a round, counted from the end of the warm-up; what does not fit comes first and last.
             until = min(self.step + every - (self.step - warmup) % every, steps if self.step >= warmup else warmup)
             for learner in self.learners:
+                ranks.draws = np.random.default_rng([settings.seed, learner.number, self.step, ranks.rank])
                 self.domain.begin_episode(learner.meta)
                 for step in range(self.step, until):
                     share = step / steps if settings.cosine else 0.0  # Loshchilov and Hutter, ICLR 2017
@@ -1064,8 +1124,21 @@ class Training:
                 del self.learners[wanted:]
             each(self)
             if -(-self.step // every) % CHECKPOINT_EVERY == 0 or self.step == steps:
+                if ranks.size > 1:
+                    self.compare_ranks()
                 at_checkpoint(self)
         return self
+
+    def compare_ranks(self) -> None:  # Failed: what all ranks should have alike they have not
+        state = {"the random state": [torch.get_rng_state()]}
+        for learner in self.learners:
+            named = {"θ": learner.network.state_dict(), "ψ": learner.psi, "φ": learner.meta.state_dict()}
+            state |= {f"{name} ({learner.number})": list(tensors.values()) for name, tensors in named.items()}
+        numbers = lambda tensors: b"".join(t.reshape(-1).view(torch.uint8).cpu().numpy() for t in tensors)
+        sums = self.domain.ranks.objects({name: hashlib.sha256(numbers(of)).digest() for name, of in state.items()})
+        for rank, name in itertools.product(range(1, len(sums)), state):
+            if sums[rank][name] != sums[0][name]:
+                raise Failed(f"at PT step {self.step} {name} of rank {rank} is not that of rank 0")
 
     def _progress(self, step: int) -> float:  # how much of the run after the warm-up is over; 1 in PT alone
         steps, warmup = self.settings.steps, self.settings.warmup
@@ -1105,7 +1178,8 @@ class Training:
             torch.set_rng_state(state["random"].cpu())
         except RuntimeError:
             raise ValueError("random is no state of the generator") from None
-        torch.cuda.set_rng_state_all([random.cpu() for random in state["cuda_random"][: torch.cuda.device_count()]])
+        states, count = [random.cpu() for random in state["cuda_random"]], torch.cuda.device_count()
+        torch.cuda.set_rng_state_all(states[:count] if self.domain.ranks.size == 1 else states[:1] * count)
 
 
 def check_losses(learner: Learner, learn: bool) -> None:  # BadInput where a loss depends on none of θ, φ or ψ
@@ -1199,15 +1273,16 @@ def finetune(domain: Domain, network: Network, examples: int, seed: int, held: T
 
 def compare(domain: Domain, methods: dict, examples: Sequence[int], seeds: int, advance) -> dict:
     """Several encoders (name → function of a seed that gives θ) after the same FT: {(method, number of examples):
-    [Finetuned, one for each of the seeds 0, 1, …]}; `advance` is called after each method and seed."""
+    [Finetuned, one for each of the seeds 0, 1, …]}; `advance` is called after each method and seed. Ranks take turns."""
     results = {(method, n): [] for method in methods for n in examples}
-    for seed, (method, network_of) in itertools.product(range(seeds), methods.items()):
+    for turn, (seed, (method, network_of)) in enumerate(itertools.product(range(seeds), methods.items())):
         torch.manual_seed(seed)
         network = network_of(seed)
-        for n in examples:
-            results[method, n].append(finetune(domain, network, n, seed))
+        for n in examples if turn % domain.ranks.size == domain.ranks.rank else ():
+            results[method, n].append((seed, finetune(domain, network, n, seed)))
         advance()
-    return results
+    all_of = domain.ranks.objects(results)
+    return {key: [found for _, found in sorted(itertools.chain(*(each[key] for each in all_of)))] for key in results}
 
 
 def held_score(domain: Domain, network: Network, examples: int, seed: int) -> float:
@@ -1562,7 +1637,10 @@ def writing(path: Path, needed: int):  # Failed where the disk is full or a limi
 
 def save_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
     """Writes a file under a name that nobody else has, flushes it to the disk, and only then gives it its name; what
-    had the name before is kept as `keep`, and has the name until then. Failed: the disk is full."""
+    had the name before is kept as `keep`, and has the name until then. Of several ranks the first alone writes. Failed:
+    the disk is full."""
+    if Ranks().rank:
+        return
     new = path.with_name(f".metapt-{path.name}-{secrets.token_hex(8)}")
     before = Path(f"{new}-before")
     with writing(path, len(content)), new.open("xb") as file:
@@ -1670,7 +1748,7 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
             state = as_written(training.state_dict(), training.written())
         with writing(self.metrics, 0), self.metrics.open("ab") as file:
             os.fsync(file.fileno())  # all the bytes of it that the checkpoint counts
-            content = {"format": FORMAT, "config": self.digest, **state,
+            content = {"format": FORMAT, "config": self.digest, "ranks": training.domain.ranks.size, **state,
                        "phi": training.best.learned().state_dict(), "metrics_bytes": file.tell()}  # fmt: skip
         torch.save(content, buffer := io.BytesIO())  # of a disk that is full it would say 58 lines
         buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
@@ -1691,9 +1769,10 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
                 advice = f"so is {self.earlier.name}" if self.earlier.exists() else "there is none before it"
             raise BadInput(f"{self.saved} is missing or damaged, its SHA-256 is not the one at its end: {advice}")
         known = dict.fromkeys(("phi", "learners", "seconds", "random", "cuda_random"), lambda value: True)
-        known |= {"format": FORMAT, "config": str, "metrics_bytes": whole(), "step": whole()}
-        with refusing(f"{self.saved} is not what this metapt writes", (ValueError, pickle.UnpicklingError)):
-            content = as_written(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), known)
+        known |= {"format": FORMAT, "config": str, "metrics_bytes": whole(), "step": whole(), "ranks": whole(1)}
+        with refusing(f"{self.saved} is not what this metapt writes", (ValueError, TypeError, pickle.UnpicklingError)):
+            content = {"ranks": 1, **torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)}
+            as_written(content, known)
         if content["config"] != self.digest:
             raise BadInput(f"{self.started} has changed since {self.saved} was made")
         return content
@@ -1705,7 +1784,7 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
         if content:
             with refusing(f"{self.saved} does not fit its config.json", ValueError):
                 training.load_state_dict({name: content[name] for name in training.written()})
-        if self.metrics.exists():
+        if self.metrics.exists() and not training.domain.ranks.rank:
             os.truncate(self.metrics, len(kept))
 
     def history(self, content: bytes | None = None) -> list[dict]:  # the rows of metrics.jsonl, whole lines
@@ -1837,6 +1916,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from datetime import timedelta
 from types import SimpleNamespace
 
 import typer
@@ -1985,7 +2065,7 @@ def make_command(command: str, kind: type[Domain] | None = None):
     def run_command(**values):
         given = {f.name: value for f in fields if (value := values.pop(f.name)) is not None}
         ask = SimpleNamespace(**{"phi": None, "use": "chosen", "export": None} | values, given=given)
-        ask.console, ask.begun = rich.console.Console(stderr=ask.json), time.perf_counter()
+        ask.console, ask.begun = rich.console.Console(stderr=ask.json, quiet=Ranks().rank > 0), time.perf_counter()
         with contextlib.ExitStack() as ask.held:  # the lock on the run that the command makes or goes on with
             return train(command, kind, ask) if kind else measure_runs(command, ask)
 
@@ -2091,9 +2171,8 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
         config = (run := Run(ask.resume)).config()
         if config["command"] != command:
             raise BadInput(f"{ask.resume} is a run of {config['command']}: resume it with that command")
-        run.lock(ask.held)
-        for left in run.folder.glob(".metapt-*"):  # by a process that was killed
-            left.unlink()
+        # And what a process left that was killed goes.
+        Ranks().first(lambda: (run.lock(ask.held), [left.unlink() for left in run.folder.glob(".metapt-*")]))
         content = run.checkpoint() if run.had_checkpoint() else None
         device = "cpu" if config["device"] == "cpu" and ask.device == "auto" else ask.device  # for the same numbers
         domain = reopened(run, ask.domain, {}, device, ask)
@@ -2107,8 +2186,10 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
     training = Training(domain, command == "meta", phi)
     if not ask.resume:
         finetune_sizes(domain)  # what cannot be is said before anything is written
-        return Run.create(ask.out, config, ask.held), training
+        return Run(domain.ranks.first(lambda: Run.create(ask.out, config, ask.held).folder)), training
     run.restore(training, content)
+    if content and content["ranks"] != domain.ranks.size:
+        ask.console.print(f"ranks: {content['ranks']} before, {domain.ranks.size} now: the run's numbers will differ")
     ask.console.print(f"going on at PT step {training.step} of {domain.settings.steps}")
     return run, training
 
@@ -2147,9 +2228,10 @@ def worth_it(folder: Path) -> bool:  # whether a run of `meta` chose what it lea
 
 
 def follow(training: Training, run: Run, console) -> None:  # with bar, metrics, checkpoints; Ctrl-C saves one
-    settings, domain, stopped = training.settings, training.domain, []
+    settings, domain, ranks, stopped = training.settings, training.domain, training.domain.ranks, []
     if training.step >= settings.steps:
         return
+    save = lambda training: ranks.first(lambda: run.save(training))  # nobody goes on, or ends, before it is saved
     label = "learning φ" if training.learn else "pre-training"
     with contextlib.ExitStack() as handlers, progress_bar(console, label, settings.steps) as bar:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -2162,16 +2244,18 @@ def follow(training: Training, run: Run, console) -> None:  # with bar, metrics,
                 row = {"step": training.step, "particle": learner.number, "skipped": learner.skipped}
                 row |= {name: finite_or_none(value) for name, value in learner.losses.items()}
                 rows += json.dumps(row | measured) + "\n"
-            with writing(run.metrics, len(rows)), run.metrics.open("a") as file:
-                file.write(rows)
+            if not ranks.rank:
+                with writing(run.metrics, len(rows)), run.metrics.open("a") as file:
+                    file.write(rows)
             value = next(iter(measured.values()), None)
             bar(training.step, "" if value is None else f"φ {value:.4g}")
-            if stopped:
-                run.save(training)
-                again = f"python metapt.py {'meta' if training.learn else 'pretrain'} --resume {run.folder}"
+            if any(ranks.objects(bool(stopped))):
+                save(training)
+                python = "python" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size}"
+                again = f"{python} metapt.py {'meta' if training.learn else 'pretrain'} --resume {run.folder}"
                 raise Failed(f"stopped at PT step {training.step}; go on with: {again}")
 
-        training.run(each, run.save)
+        training.run(each, save)
 
 
 def validation_loss(domain: Domain, learner: Learner) -> float:  # over the whole part, with the θ and ψ of the end
@@ -2197,7 +2281,7 @@ def conclude(command: str, domain: Domain, run: Run, found: dict, ask, lines: li
     names = ", ".join(sorted(path.name for path in run.folder.iterdir() if path.name[0] != "."))
     for line in (*lines, f"{summary['seconds']:.0f} s; {run.folder}: {names}"):
         ask.console.print(line, highlight=False)
-    if ask.json:
+    if ask.json and not domain.ranks.rank:
         print(json.dumps(summary))
 
 
@@ -2243,7 +2327,7 @@ def measure_runs(command: str, ask) -> None:  # `finetune` and `eval`
     torch.set_num_threads(domain.threads or torch.get_num_threads())
     config = {"command": command, **identity(type(domain)), "runs": [str(path) for path in paths], "sizes": sizes,
               "seeds": seeds, "settings": dataclasses.asdict(domain.settings)}  # fmt: skip
-    run, lines = Run.create(ask.out, config, ask.held), []
+    run, lines = Run(domain.ranks.first(lambda: Run.create(ask.out, config, ask.held).folder)), []
     if export:
         torch.save(networks[0].encoder.state_dict(), buffer := io.BytesIO())
         save_whole(export, buffer.getvalue())
@@ -2292,8 +2376,29 @@ def misplaced(option: str, words: list[str]) -> str:  # where an option that a c
     return f"{option} belongs to {', '.join(owners)}, not to {command}" if owners else f"no such option: {option}"
 
 
+def join_ranks() -> None:  # of torchrun, by gloo; between GPUs, of which each rank has its own, by NCCL
+    if distributed.is_available() and distributed.is_torchelastic_launched():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(days=1))  # it is torchrun that sees who has died
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # and then ends the others
+
+
+def first_to_end() -> bool:  # of the ranks: it says why, the others end because it did
+    if Ranks().size == 1:
+        return True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with contextlib.suppress(RuntimeError):
+        store = distributed.TCPStore(*where, timeout=timedelta(seconds=5))
+        return store.add(f"metapt ends {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+    return True  # with the rank that kept the store
+
+
 def main() -> None:
     """Runs a command; what the user can mend is one line and exit status 2, what they cannot is 1."""
+    join_ranks()
     try:
         status, message = command_line(sys.argv[1:]).main(standalone_mode=False) or 0, ""
         if status == 130:  # typer's word for Ctrl-C
@@ -2307,11 +2412,13 @@ def main() -> None:
     except (Failed, KeyboardInterrupt, typer.Abort,
             getattr(sys.modules.get("torch._dynamo.exc"), "BackendCompilerFailed", Failed)) as error:  # fmt: skip
         status, message = 1, str(error) or "stopped"
-    except (MemoryError, RuntimeError) as error:  # the latter: torch's words for it
-        if not re.search("MemoryError|(not enough|allocate|out of) memory|bad_alloc", repr(error)):
+    except Exception as error:
+        status, message = 1, ""
+        if re.search("MemoryError|(not enough|allocate|out of) memory|bad_alloc", repr(error)):  # torch's words for it
+            message = str(error) or "out of memory"
+        elif first_to_end():
             raise
-        status, message = 1, str(error) or "out of memory"
-    if message:
+    if message and first_to_end():
         print(f"metapt: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 

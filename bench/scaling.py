@@ -3,6 +3,7 @@
     python -m bench.scaling [--device cuda]     every sweep: bench/results/scaling-DEVICE.json, table and figure
     python -m bench.scaling --only SWEEP        this one, such as "PT parameters, EKFAC"; the others as they are stored
     python -m bench.scaling report              table and bench/figures/scaling.png from what was found
+    python -m bench.scaling ranks               data parallelism: bench/results/scaling-ranks.json, and a table
 
 A sweep changes one thing and leaves the rest as in `CENTRE`. FLOPs and bytes saved for backward are counted, on CUDA the
 peak of allocated bytes too; times are medians of five, the meta step and the PT step taking turns. EKFAC is q = M⁻¹v
@@ -11,6 +12,9 @@ with the Kronecker-factored Fisher of the batch, by curvlinops; what it keeps be
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -231,6 +235,113 @@ def report(device: str = "cpu"):
         right.legend(fontsize=6, loc="upper left")
 
     metapt.save_figure(HERE / "figures" / f"scaling{'' if device == 'cpu' else '-' + device}.png", draw)
+
+
+# Ranks: messages and bytes are counted; 8 and 64 GPUs are on paper
+
+RANKS = 1, 2, 4
+STEPS = {  # what one process does; the solver and its products, K = 1
+    "q = v, exact": (Size(terms=0), "identity"), "1 Neumann term, exact": (Size(), "neumann"),
+    "1 Neumann term, finite": (Size(hvp="finite"), "neumann"), "5 products of CG, exact": (Size(terms=5), "cg"),
+    "5 products of CG, finite": (Size(terms=5, hvp="finite"), "cg")}  # fmt: skip
+# An H100 at half of its dense 989 TFLOP/s in bfloat16; bytes a second of one GPU one way, and seconds a message and hop:
+# NVLink 4 within a machine, one port of 400 Gbit/s InfiniBand between machines. A ring sends 2 (R - 1) / R of the bytes.
+GPU, NETWORKS = 0.5 * 989e12, {8: ("NVLink", 450e9, 2e-6), 64: ("InfiniBand", 50e9, 5e-6)}
+PAPER_PARAMETERS, PAPER_BATCH = 10**8, 64 * 128  # 128 examples a rank of 64
+
+
+class Divided(Workload):
+    """This rank's share of a workload."""
+
+    def __init__(self, size: Size, method: str):
+        super().__init__(size)
+        self.ranks, n = metapt.Ranks(), size.batch
+        alpha, damping = (0.01, 0.0) if method == "neumann" else (None, 1.0)
+        self.solver = Solver(method, size.terms, alpha, damping, hvp=size.hvp)
+        own = torch.arange(n).tensor_split(self.ranks.size)[self.ranks.rank]
+        self.share, self.messages = len(own) / n, []
+        for name in ("x", "xf", "xv", "y", "yf", "yv", "rows"):
+            setattr(self, name, getattr(self, name)[own])
+
+    def reduce(self, tensors):
+        self.messages.append(sum(t.numel() * t.element_size() for t in tensors.values()))
+        return self.ranks.sum(tensors)
+
+    def meta_step(self, q0=None):
+        theta = {name: t.detach() for name, t in self.theta.items()}
+        losses = (self.pretrain_loss, self.finetune_loss, self.validation_loss)
+        shared = [lambda *at, loss=loss: self.share * loss(*at) for loss in losses]
+        return metapt.hypergradient(*shared, theta, self.psi, self.phi, unroll=self.unroll, solver=self.solver,
+                                    reduce=self.reduce)  # fmt: skip
+
+
+def measure_share(repeats: int = 5) -> list[dict]:
+    """Rows of this rank; the slowest rank's seconds."""
+    rows = []
+    for name, (size, method) in STEPS.items():
+        work, seconds = Divided(size._replace(batch=512), method), []
+        for _ in range(repeats + 1):
+            work.messages.clear()
+            work.ranks.objects(None)
+            begun = time.perf_counter()
+            work.meta_step()
+            seconds.append(max(work.ranks.objects(time.perf_counter() - begun)))
+        rows.append({"step": name, "ranks": work.ranks.size, "parameters": work.parameters, "batch": 512,
+                     "messages": len(work.messages), "bytes": sum(work.messages), "seconds": float(np.median(seconds[1:])),
+                     "flops": sum(work.ranks.objects(counting.flops(work.meta_step)))})  # fmt: skip
+    return rows
+
+
+def on_paper(row: dict, ranks: int) -> dict:
+    """The seconds of a meta step of PAPER_PARAMETERS: its FLOPs and bytes grow as the parameters and the batch do."""
+    network, bandwidth, latency = NETWORKS[ranks]
+    more = PAPER_PARAMETERS / row["parameters"]
+    computing = row["flops"] * more * (PAPER_BATCH / row["batch"]) / ranks / GPU
+    sending = 2 * (ranks - 1) * (row["bytes"] * more / ranks / bandwidth + row["messages"] * latency)
+    return {"network": network, "computing": computing, "sending": sending,
+            "faster": ranks * computing / (computing + sending)}  # fmt: skip
+
+
+@app.command()
+def ranks():
+    """Every number of ranks in turn, by torchrun on this machine."""
+    rows = []
+    for size in RANKS:
+        words = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={size}", "-m",
+                 "bench.scaling", "share"]  # fmt: skip
+        done = subprocess.run([sys.executable, *words], check=True, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
+        rows += json.loads(done.stdout)
+        metapt.save_json(
+            HERE / "results" / "scaling-ranks.json", {"torch": torch.__version__, "cores": os.cpu_count(), "rows": rows}
+        )
+    ranks_report()
+
+
+@app.command(hidden=True)
+def share():
+    torch.set_num_threads(1)
+    metapt.join_ranks()
+    rows = measure_share()
+    if not metapt.Ranks().rank:
+        print(json.dumps(rows))
+
+
+@app.command()
+def ranks_report():
+    """Its table."""
+    rows, cells = json.loads((HERE / "results" / "scaling-ranks.json").read_text())["rows"], []
+    for name in STEPS:
+        of = {row["ranks"]: row for row in rows if row["step"] == name}
+        cells.append([name, f"{of[2]['messages']}", f"{of[2]['bytes'] / 4 / of[2]['parameters']:.2f}"])
+        cells[-1] += [f"{of[1]['seconds'] / of[size]['seconds']:.2f}" for size in RANKS[1:]]
+        for size in NETWORKS:
+            found = on_paper(of[2], size)
+            cells[-1].append(
+                f"{1e3 * found['computing']:.0f} + {1e3 * found['sending']:.0f} ms: {found['faster']:.1f} ×"
+            )
+    columns = ["one meta step", "messages", "parameters sent", *(f"{size} ranks here" for size in RANKS[1:]),
+               *(f"{size} GPUs, {network[0]}" for size, network in NETWORKS.items())]  # fmt: skip
+    metapt.show_table(console, "ranks", columns, cells)
 
 
 if __name__ == "__main__":

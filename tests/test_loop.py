@@ -714,7 +714,7 @@ def test_compare_measures_each_method_with_each_seed_and_size(monkeypatch):
     monkeypatch.setattr(metapt, "finetune", lambda domain, network, n, seed: (network, n, seed))
     asked, advanced = [], []
     methods = {name: lambda seed, name=name: (asked.append((name, seed)), f"{name}{seed}")[1] for name in "ab"}
-    results = metapt.compare(None, methods, [5, 9], 2, lambda: advanced.append(1))
+    results = metapt.compare(domain_of(Toy), methods, [5, 9], 2, lambda: advanced.append(1))
     assert results == {(name, n): [(f"{name}{seed}", n, seed) for seed in (0, 1)] for name in "ab" for n in (5, 9)}
     assert asked == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]  # a network is made once for all sizes
     assert len(advanced) == 4

@@ -241,11 +241,25 @@ class ResNet18(nn.Module):
         return self.blocks(self.stem(as_images(F.pad(signals, (0, -signals.shape[2] % 64))))).mean((2, 3))
 
 
-def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
-    """SimCLR's loss (equation 1) of two views [n, d]: each should find its other among all 2n."""
+def gather(rows: Tensor, ranks: metapt.Ranks) -> tuple[Tensor, int]:
+    """The rows [n, d] of all ranks, and where this one's begin. Differentiable any number of times, as a rank's part of
+    what the sum of all ranks' losses depends on."""
+    if ranks.size == 1:
+        return rows, 0
+    from torch.distributed.nn.functional import all_reduce
+
+    counts = ranks.objects(len(rows))
+    begin, after = sum(counts[: ranks.rank]), sum(counts[ranks.rank + 1 :])
+    return all_reduce(F.pad(rows, (0, 0, begin, after))), begin
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float, ranks: metapt.Ranks | None = None) -> Tensor:
+    """SimCLR's loss (equation 1) of two views [n, d]: each should find its other among all 2n, those of all ranks."""
     z = F.normalize(torch.cat([a, b]), dim=1)
-    similarity = (z @ z.T / temperature).fill_diagonal_(-math.inf)
-    return F.cross_entropy(similarity, torch.arange(len(z), device=z.device).roll(len(a)))
+    everyones, begin = gather(z, ranks or metapt.Ranks())
+    similarity = z @ everyones.T / temperature
+    similarity[:, begin : begin + len(z)].fill_diagonal_(-math.inf)
+    return F.cross_entropy(similarity, begin + torch.arange(len(z), device=z.device).roll(len(a)))
 
 
 def mean_auroc(scores: Tensor, labels: Tensor) -> float:
@@ -376,7 +390,7 @@ class ECG(metapt.Domain):
             else:
                 views = metapt.call(meta, phi, signals, train=True)
             a, b = (metapt.call(network, theta, view, train=True, live=live) for view in views)
-            return nt_xent(a, b, self.settings.temperature)
+            return nt_xent(a, b, self.settings.temperature, self.ranks)
 
         return loss
 

@@ -21,6 +21,8 @@ PPI = metapt.find_domain("ppi")
 class CoTrain(PPI):
     """L_PT plus the FT tasks' mean BCE over the graphs whose FT labels may be seen before FT."""
 
+    divisible = False  # ranks do not know how many of the others' graphs have labels
+
     def __init__(self, settings, device, data):
         super().__init__(settings, device, data)
         self.labelled = torch.zeros_like(self.graphs.sizes, dtype=torch.bool)
