@@ -758,7 +758,7 @@ def test_the_project_is_laid_out_as_the_design_says():
                  *(f"data_scripts/{name}.py" for name in ("mnist", "ptbxl", "hu_graphs", "string_graphs", "files", "graphs"))):  # fmt: skip
         assert (ROOT / name).is_file(), name
     tests = {f"test_{name}.py" for name in (
-        "hypergradient", "loop", "images", "commands", "structure", "readme", "ppi", "ecg", "affine", "horizon", "worth", "ranks", "data_scripts",
+        "hypergradient", "loop", "images", "commands", "structure", "readme", "ppi", "ecg", "affine", "horizon", "worth", "ranks", "precision", "data_scripts",
         "faults")}  # fmt: skip
     assert {path.name for path in (ROOT / "tests").glob("test_*.py")} == tests
 
