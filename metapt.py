@@ -456,7 +456,7 @@ def _flat(params: Params, names=None) -> Tensor:
 
 
 def _unflat(vector: Tensor, like: Params) -> Params:
-    pieces = vector.split([t.numel() for t in like.values()])
+    pieces = vector.split_with_sizes([t.numel() for t in like.values()])
     return {name: p.view(t.shape).to(t.dtype) for p, (name, t) in zip(pieces, like.items(), strict=True)}
 
 
