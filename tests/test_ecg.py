@@ -326,10 +326,10 @@ def test_byol_is_equation_2_of_both_orders(home):
     domain = make(home, ecg.BYOL)
     network, meta = domain.network().double(), domain.meta().double()
     other = deepcopy(network)
-    for p in (*other.encoder.parameters(), *other.head[0].parameters()):
+    theirs = (*other.encoder.parameters(), *other.head[0].parameters())
+    for p in theirs:
         torch.nn.init.normal_(p, 0.1, 0.3)
-    with torch.no_grad():
-        network.target.copy_(torch.cat([p.flatten() for p in (*other.encoder.parameters(), *other.head[0].parameters())]))
+    network.target.copy_(torch.cat([p.detach().flatten() for p in theirs]))
     signals = domain.inputs("pretrain", torch.arange(6)).double()
     domain.inputs = lambda part, index: signals
     torch.manual_seed(3)
@@ -370,7 +370,9 @@ def test_the_target_follows_the_online_network_a_step_behind_and_is_no_part_of_t
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
-@pytest.mark.parametrize(("kind", "augment"), [(ecg.ECG, "warp"), (ecg.ECG, "simclr"), (ecg.ECG, "both"), (ecg.BYOL, "both")])
+@pytest.mark.parametrize(("kind", "augment"), [
+    (ecg.ECG, "warp"), (ecg.ECG, "simclr"), (ecg.ECG, "both"), (ecg.BYOL, "both"),
+])  # fmt: skip
 def test_the_hypergradient_of_the_domain_is_that_of_differences(home, kind, augment, hvp):
     """v, and the mixed product, in float64, against central differences of L_V after FT and of L_PT's gradient.
 

@@ -34,7 +34,7 @@ class GraphBatch(NamedTuple):
     graph: Tensor  # [nodes]: the graph of a node
     centre: Tensor  # [graphs]: the node that a graph is the neighbourhood of
     size: Tensor  # [graphs]: number of nodes
-    kept: tuple[Tensor, Tensor] | None = None  # [edges]: how much is there of an edge, the node that it goes to; None: all
+    kept: tuple[Tensor, Tensor] | None = None  # [edges]: how much of an edge is there, and where it goes to; None: all
 
 
 class Graphs:
@@ -162,17 +162,18 @@ class GIN(nn.Module):
     A batch of graphs to [graphs, 2 width]: the mean over nodes, and the centre; or `nodes` [nodes, width].
     """
 
-    def __init__(self, width: int, layers: int, dropout: float):
+    def __init__(self, width: int, layers: int, dropout: float, last: nn.Module | None = None):
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(width) / math.sqrt(width))  # every node begins alike
         self.layers = nn.ModuleList(GINLayer(width) for _ in range(layers))
-        self.dropout = dropout
+        self.dropout, self.last = dropout, last or nn.Identity()
 
     def forward(self, batch: GraphBatch, nodes: bool = False) -> Tensor:
         x, sums = self.embedding, batch.sums.to(self.embedding.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, batch, sums)
             x = F.dropout(x.relu() if i + 1 < len(self.layers) else x, self.dropout, self.training)
+        x = self.last(x)
         if nodes:
             return x
         total = x.new_zeros(len(batch.size), x.shape[1]).index_add(0, batch.graph, x)
@@ -420,7 +421,7 @@ class Drops(nn.Module):
         return views
 
 
-class BGRLSettings(PPISettings, dropout=0.0, hvp="exact"):
+class BGRLSettings(PPISettings, dropout=0.0, meta_batch_size=64, hvp="exact"):
     momentum: float = metapt.option(0.99, "Of the target, a PT step", check=metapt.BELOW_1)
 
     def __post_init__(self):
@@ -441,9 +442,12 @@ class BGRL(PPI):
     captions: ClassVar = {"edges_1": "share of edges that a view drops"}
 
     def network(self):
-        width = self.settings.width
+        width, layers, dropout = self.settings.width, self.settings.layers, self.settings.dropout
+        encoder = GIN(width, layers, dropout, nn.BatchNorm1d(width))  # as BGRL's end
         predictor = nn.Sequential(nn.Linear(width, 8 * width), nn.PReLU(), nn.Linear(8 * width, width))
-        return Bootstrapped(super().network().encoder, predictor).to(self.device)
+        network = Bootstrapped(encoder, predictor).to(self.device)
+        metapt.settle(network, self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)))
+        return network
 
     def meta(self):
         return Drops(edges=(0.3, 0.25), features=(0.25, 0.1)).to(self.device)
