@@ -421,8 +421,10 @@ class Drops(nn.Module):
         return views
 
 
-class BGRLSettings(PPISettings, dropout=0.0, meta_batch_size=64, hvp="exact"):
-    momentum: float = metapt.option(0.99, "Of the target, a PT step", check=metapt.BELOW_1)
+class BGRLSettings(
+    PPISettings, steps=300, warmup=60, dropout=0.0, meta_every=5, meta_batch_size=64, meta_lr=0.05, hvp="exact",
+):  # fmt: skip
+    momentum: float = metapt.option(0.999, "Of the target, a PT step", check=metapt.BELOW_1)
 
     def __post_init__(self):
         super().__post_init__()
