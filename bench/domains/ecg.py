@@ -451,8 +451,8 @@ def perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
-class BYOLSettings(ECGSettings, augment="both"):
-    momentum: float = metapt.option(0.99, "Of the target, a PT step", check=metapt.BELOW_1)
+class BYOLSettings(ECGSettings, steps=100, warmup=30, lr=1e-3, augment="both"):
+    momentum: float = metapt.option(0.996, "Of the target, a PT step", check=metapt.BELOW_1)
 
     def __post_init__(self):
         super().__post_init__()
