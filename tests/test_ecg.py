@@ -479,15 +479,16 @@ def test_at_the_published_width_the_fused_optimiser_reads_gradients_as_they_lie(
     torch.testing.assert_close(metapt.detached(learner.network), metapt.detached(plain), rtol=1e-5, atol=1e-7)
 
 
-def test_a_meta_step_costs_what_bench_readme_says(home):
+@pytest.mark.parametrize(("kind", "most"), [(ecg.ECG, (2.1, 1.1)), (ecg.BYOL, (2.5, 2.1))])
+def test_a_meta_step_costs_what_bench_readme_says(home, kind, most):
     """At the published width, all batches equal: FLOPs and bytes, in PT steps."""
     sizes = dict.fromkeys(("batch_size", "meta_batch_size", "unroll_batch_size", "validation_batch_size"), 8)
-    domain = make(home, width=32, **sizes)
+    domain = make(home, kind, width=32, **sizes)
     learner = metapt.Learner(domain)
     plain, meta = ([count(lambda step=step: step(1.0)) for count in (counting.flops, counting.peak)]
                    for step in (learner.pretrain_step, learner.meta_step))  # fmt: skip
-    assert meta[0] / plain[0] <= 2.1  # 2.04 there
-    assert meta[1] / plain[1] <= 1.1
+    assert 0.9 * most[0] <= meta[0] / plain[0] <= most[0]  # 2.04 and 2.47 there
+    assert meta[1] / plain[1] <= most[1]
     views = counting.peak(
         lambda: sum(v.sum() for v in learner.meta(domain.inputs("pretrain", torch.arange(8)))).backward()
     )
@@ -621,11 +622,10 @@ def test_the_same_command_gives_the_same_numbers_and_a_stopped_run_goes_on(runs,
     assert other.run().best.meta.warp.scale.item() == summary(runs / "one")["phi"]["warp.scale"]
 
 
-def test_byol_is_killed_and_goes_on_to_the_same_end(home, tmp_path):
+def test_byol_is_killed_and_goes_on_to_the_same_end(home, tmp_path, monkeypatch):
     """From the command line, by file and class."""
-    monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(metapt, "CHECKPOINT_EVERY", 1)
-    where, given = f"{ROOT / 'bench' / 'domains' / 'ecg.py'}:BYOL", options(TINY)
+    where, given = f"{ROOT / 'bench' / 'domains' / 'ecg.py'}:BYOL", options({**TINY, "sizes": "10"})
     found = summary_of(home, "meta", where, "--out", tmp_path / "whole", *given)
     assert found["phi"].keys() >= {"warp.scale", "mask", "noise"}
     assert {row["method"] for row in found["comparison"]} == {"no_pretraining", "default_phi", "learned_phi", "online"}
@@ -639,7 +639,6 @@ def test_byol_is_killed_and_goes_on_to_the_same_end(home, tmp_path):
     assert content["learners"][0]["network"]["target"].any()
     summary_of(home, "meta", "--resume", tmp_path / "killed")
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
-    monkeypatch.undo()
     assert "--temperature" in refused(home, "meta", where, *options({**TINY, "temperature": 0.1}))
 
 
