@@ -66,6 +66,8 @@ EXPERIMENTS = {
     ),
     "ecg-from-0.5": Experiment("ecg", {"init_scale": 0.5}, rivals=("fixed",)),
     "ecg-from-3": Experiment("ecg", {"init_scale": 3.0}, rivals=("fixed",)),
+    "ecg-byol": Experiment(f"{HERE / 'domains' / 'ecg.py'}:BYOL"),
+    "ppi-bgrl": Experiment(f"{HERE / 'domains' / 'ppi.py'}:BGRL", repeats=1),
 }
 NAMES = {
     "none": "no PT", "default": "default φ", "learned": "learned φ, PT afresh", "online": "θ of the meta run",

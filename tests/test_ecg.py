@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import LABELS, LEADS, beat
-from tools import SHARED, main_in, metapt_in, options, outcome, refused, strict_json, summary_of
+from tools import ROOT, SHARED, main_in, metapt_in, options, outcome, refused, strict_json, summary_of
 
 import metapt
 from bench import counting
@@ -52,8 +52,8 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-def make(home: Path, **given) -> ecg.ECG:
-    return ecg.ECG(ecg.ECGSettings(**{**TINY, **given}), torch.device("cpu"), home / "data")
+def make(home: Path, kind=ecg.ECG, **given) -> ecg.ECG:
+    return kind(kind.Settings(**{**TINY, **given}), torch.device("cpu"), home / "data")
 
 
 @pytest.fixture(autouse=True)
@@ -311,19 +311,78 @@ def test_each_view_has_its_own_statistics_and_ft_those_of_the_network(home):
     torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(outputs, domain.targets("finetune", index)))
 
 
+# BYOL
+
+
+def plain_perceptron(layers: torch.nn.Sequential, rows: torch.Tensor) -> torch.Tensor:
+    first, norm, _, last = layers
+    hidden = torch.stack([first.weight @ row + first.bias for row in rows])
+    centred = hidden - hidden.mean(0)
+    hidden = (centred / (centred.square().mean(0) + norm.eps).sqrt() * norm.weight + norm.bias).clamp(min=0)
+    return torch.stack([last.weight @ row + last.bias for row in hidden])
+
+
+def test_byol_is_equation_2_of_both_orders(home):
+    domain = make(home, ecg.BYOL)
+    network, meta = domain.network().double(), domain.meta().double()
+    other = deepcopy(network)
+    theirs = (*other.encoder.parameters(), *other.head[0].parameters())
+    for p in theirs:
+        torch.nn.init.normal_(p, 0.1, 0.3)
+    network.target.copy_(torch.cat([p.detach().flatten() for p in theirs]))
+    signals = domain.inputs("pretrain", torch.arange(6)).double()
+    domain.inputs = lambda part, index: signals
+    torch.manual_seed(3)
+    value = domain.pretrain_loss(network, meta, None, 1.0, live=False)(metapt.detached(network), metapt.detached(meta))
+    torch.manual_seed(3)
+    views, total = metapt.call(meta, metapt.detached(meta), signals, train=True), 0.0
+    for mine, theirs in (views, views[::-1]):
+        projected = plain_perceptron(network.head[0], plain_resnet(network.encoder.train(), mine))
+        predicted = plain_perceptron(network.head[1], projected)
+        aims = plain_perceptron(other.head[0], plain_resnet(other.encoder.train(), theirs))
+        for q, z in zip(predicted, aims, strict=True):
+            total += (q / q.norm() - z / z.norm()).square().sum().item() / 6
+    assert value.item() == pytest.approx(total, rel=1e-9)
+    assert value.requires_grad is False
+
+
+def test_the_target_follows_the_online_network_a_step_behind_and_is_no_part_of_theta(home):
+    learner = metapt.Learner(make(home, ecg.BYOL, momentum=0.8, lr=1e-2))
+    network, expected = learner.network, []
+
+    def online():
+        return torch.cat([p.detach().flatten() for p in (*network.encoder.parameters(), *network.head[0].parameters())])
+
+    assert "target" in network.state_dict() and "target" not in dict(network.named_parameters())
+    target = online()
+    for _ in range(4):
+        target = 0.8 * target + 0.2 * online()
+        expected.append(target)
+        learner.pretrain_step(1.0)
+        torch.testing.assert_close(network.target, expected[-1])
+        assert not torch.allclose(network.target, online(), atol=1e-3)
+    before = {name: b.clone() for name, b in network.named_buffers()}
+    learner.meta_step(1.0)
+    assert all(torch.equal(b, before[name]) for name, b in network.named_buffers())
+
+
 # Gradients, and what a meta step costs
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
-@pytest.mark.parametrize("augment", ["warp", "simclr", "both"])
-def test_the_hypergradient_of_the_domain_is_that_of_differences(home, augment, hvp):
+@pytest.mark.parametrize(("kind", "augment"), [
+    (ecg.ECG, "warp"), (ecg.ECG, "simclr"), (ecg.ECG, "both"), (ecg.BYOL, "both"),
+])  # fmt: skip
+def test_the_hypergradient_of_the_domain_is_that_of_differences(home, kind, augment, hvp):
     """v, and the mixed product, in float64, against central differences of L_V after FT and of L_PT's gradient.
 
     With tiny steps: at a longer one some ReLU of thousands changes sides, and the second derivative that autograd knows
     nothing of is in the difference.
     """
-    domain, step = make(home, augment=augment), 1e-8
+    domain, step = make(home, kind, augment=augment), 1e-8
     network, head, meta = domain.network().double(), domain.head().double(), domain.meta().double()
+    if kind is ecg.BYOL:  # held where the online network is not
+        network.target.mul_(1.1).add_(0.1 * torch.randn_like(network.target))
     theta, psi, phi = (metapt.detached(module) for module in (network, head, meta))
     data = {part: (domain.inputs(part, torch.arange(10)).double(), domain.targets(part, torch.arange(10)).double())
             for part in ("pretrain", "finetune", "validation")}  # fmt: skip
@@ -358,6 +417,54 @@ def test_the_hypergradient_of_the_domain_is_that_of_differences(home, augment, h
         assert (found.phi[name] * along).sum().item() == pytest.approx(-mixed.item(), rel=2e-3), name
 
 
+def test_with_the_target_held_the_hypergradient_is_that_of_the_pipeline(home):
+    """PT to its end under φ (with a pull to where it began, so that there is one), FT, L_V: against central differences.
+    The networks are smooth here."""
+    domain, pull, step = make(home, ecg.BYOL, augment="simclr"), 100.0, 1e-5
+    encoder = torch.nn.Sequential(torch.nn.AvgPool1d(50), torch.nn.Flatten(), torch.nn.Linear(240, 8), torch.nn.Tanh())
+    predictor = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
+    torch.nn.init.normal_(predictor[2].weight)  # no prediction is near 0
+    network = ecg.Bootstrapped(encoder, torch.nn.Linear(8, 4), predictor).double()
+    head, meta = domain.head().double(), domain.meta().double()
+    network.target.add_(0.1 * torch.randn_like(network.target))
+    data = {part: (domain.inputs(part, torch.arange(8)).double(), domain.targets(part, torch.arange(8)).double())
+            for part in ("pretrain", "finetune", "validation")}  # fmt: skip
+    domain.inputs, domain.targets = lambda part, _: data[part][0], lambda part, _: data[part][1]
+    begin, psi, phi = (metapt.detached(module) for module in (network, head, meta))
+    free = domain.pretrain_loss(network, meta, None, 1.0, live=False)
+    finetune, validation = (domain.finetune_loss(network, head, part, None) for part in ("finetune", "validation"))
+
+    def pretrain(theta, phi):
+        return free(theta, phi) + pull / 2 * sum((p - begin[k]).square().sum() for k, p in theta.items())
+
+    def gradient(loss, at):
+        torch.manual_seed(4)
+        point = {k: p.clone().requires_grad_() for k, p in at.items()}
+        return dict(zip(at, torch.autograd.grad(loss(point), list(point.values())), strict=True))
+
+    def pretrained(phi):
+        theta = begin
+        for _ in range(60):  # θ ← θ_0 − ∇L / pull, a contraction
+            slope = gradient(lambda theta: pretrain(theta, phi), theta)
+            theta = {k: p - slope[k] / pull for k, p in theta.items()}
+        assert max(g.abs().max() for g in slope.values()) < 1e-9
+        return theta
+
+    def pipeline(phi):
+        theta = pretrained(phi)
+        slope = gradient(lambda psi: finetune(theta, psi), psi)
+        return validation(theta, {k: p - 0.1 * slope[k] for k, p in psi.items()}).item()
+
+    before, theta = network.target.clone(), pretrained(phi)
+    torch.manual_seed(4)
+    found = metapt.hypergradient(pretrain, finetune, validation, theta, psi, phi, unroll=metapt.Unroll(1, 0.1),
+                                 solver=metapt.Solver("cg", terms=30))  # fmt: skip
+    for name in ("mask", "noise"):
+        ends = [pipeline({**phi, name: phi[name] + step}) for step in (step, -step)]
+        assert found.phi[name].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-3), name
+    assert torch.equal(network.target, before)
+
+
 def test_at_the_published_width_the_fused_optimiser_reads_gradients_as_they_lie(home):
     """Weights of convolutions with channels last have gradients of odd strides, which fused Adam takes as they are."""
     learner = metapt.Learner(make(home, width=32, batch_size=4, unroll_batch_size=4))
@@ -372,15 +479,16 @@ def test_at_the_published_width_the_fused_optimiser_reads_gradients_as_they_lie(
     torch.testing.assert_close(metapt.detached(learner.network), metapt.detached(plain), rtol=1e-5, atol=1e-7)
 
 
-def test_a_meta_step_costs_what_bench_readme_says(home):
+@pytest.mark.parametrize(("kind", "most"), [(ecg.ECG, (2.1, 1.1)), (ecg.BYOL, (2.5, 2.1))])
+def test_a_meta_step_costs_what_bench_readme_says(home, kind, most):
     """At the published width, all batches equal: FLOPs and bytes, in PT steps."""
     sizes = dict.fromkeys(("batch_size", "meta_batch_size", "unroll_batch_size", "validation_batch_size"), 8)
-    domain = make(home, width=32, **sizes)
+    domain = make(home, kind, width=32, **sizes)
     learner = metapt.Learner(domain)
     plain, meta = ([count(lambda step=step: step(1.0)) for count in (counting.flops, counting.peak)]
                    for step in (learner.pretrain_step, learner.meta_step))  # fmt: skip
-    assert meta[0] / plain[0] <= 2.1  # 2.04 there
-    assert meta[1] / plain[1] <= 1.1
+    assert 0.9 * most[0] <= meta[0] / plain[0] <= most[0]  # 2.04 and 2.47 there
+    assert meta[1] / plain[1] <= most[1]
     views = counting.peak(
         lambda: sum(v.sum() for v in learner.meta(domain.inputs("pretrain", torch.arange(8)))).backward()
     )
@@ -512,6 +620,26 @@ def test_the_same_command_gives_the_same_numbers_and_a_stopped_run_goes_on(runs,
     other = metapt.Training(domain, True)
     other.load_state_dict(kept[8])
     assert other.run().best.meta.warp.scale.item() == summary(runs / "one")["phi"]["warp.scale"]
+
+
+def test_byol_is_killed_and_goes_on_to_the_same_end(home, tmp_path, monkeypatch):
+    """From the command line, by file and class."""
+    monkeypatch.setattr(metapt, "CHECKPOINT_EVERY", 1)
+    where, given = f"{ROOT / 'bench' / 'domains' / 'ecg.py'}:BYOL", options({**TINY, "sizes": "10"})
+    found = summary_of(home, "meta", where, "--out", tmp_path / "whole", *given)
+    assert found["phi"].keys() >= {"warp.scale", "mask", "noise"}
+    assert {row["method"] for row in found["comparison"]} == {"no_pretraining", "default_phi", "learned_phi", "online"}
+    code = ("import metapt, os, signal\nmetapt.CHECKPOINT_EVERY, save = 1, metapt.Run.save\n"
+            "def killed(run, training):\n    save(run, training)\n"
+            "    training.step == 8 and os.kill(os.getpid(), signal.SIGKILL)\n"
+            "metapt.Run.save = killed\nmetapt.main()")  # fmt: skip
+    done = metapt_in(home, "meta", where, "--out", tmp_path / "killed", *given, code=code, PYTHONPATH=str(ROOT))
+    assert done.returncode == -9, done.stderr
+    content = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)
+    assert content["learners"][0]["network"]["target"].any()
+    summary_of(home, "meta", "--resume", tmp_path / "killed")
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert "--temperature" in refused(home, "meta", where, *options({**TINY, "temperature": 0.1}))
 
 
 def test_finetune_and_eval_take_sets_by_size(runs):

@@ -1,6 +1,7 @@
 """The PPI domain: prepared graphs, the GIN beside PyG's messages, parts, losses and their hypergradient, what may be seen
 before FT, baselines, commands. Generated graphs, and the yeast graphs where there are any."""
 
+import copy
 import csv
 import itertools
 import json
@@ -343,6 +344,170 @@ def test_hypergradient_is_that_of_central_differences(home, kind, monkeypatch):
         assert (flat(found.phi) @ flat(direction)).item() == pytest.approx(wanted, rel=1e-4)
 
 
+# BGRL
+
+
+def bgrl(home, **given):
+    """In float64, the target held where the online network is not; and six graphs, one of them without edges."""
+    made = make(home, ppi.BGRL, **{"width": 4, **given})
+    network, _, meta = (module.double() for module in modules(made))
+    network.target.mul_(1.1).add_(0.1 * torch.randn_like(network.target))
+    meta.edges.data, meta.features.data = torch.randn(2, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    index = torch.tensor([3, 120, 199, 41, 77, *(made.graphs.degrees[made.rows["pretrain"]] == 0).nonzero()[0]])
+    return made, network, meta, index
+
+
+def looped_views(meta, batch) -> list:
+    """Of both views the sums [nodes, 10] and how much is kept of each edge [to, from]."""
+    nodes, views = len(batch.sums), []
+    ends = [*batch.start.tolist()[1:], len(batch.source)]
+    for view in range(2):
+        draws = torch.rand(len(batch.source), dtype=torch.float64), torch.rand(len(batch.size), 9, dtype=torch.float64)
+        dropped = [p[view].sigmoid().item() for p in (meta.edges, meta.features)]
+
+        def keep(u, p):
+            return 1 / (1 + (p / (1 - p) * (1 - u) / u) ** 2)
+
+        kept, sums = torch.zeros(nodes, nodes, dtype=torch.float64), torch.zeros(nodes, 10, dtype=torch.float64)
+        for i in range(nodes):
+            edges = range(batch.start[i], ends[i])
+            for e in edges:
+                kept[i, batch.source[e]] += keep(draws[0][e].item(), dropped[0])
+            for f in range(9):
+                of_edges = batch.sums[i, f].item() - (f == 7)
+                mask = keep(draws[1][batch.graph[i], f].item(), dropped[1])
+                sums[i, f] = (f == 7) + of_edges * mask * (kept[i].sum() / len(edges) if edges else 0)
+            sums[i, 9] = 1 + kept[i].sum()
+        views.append((sums, kept))
+    return views
+
+
+def plain_nodes(gin, sums, kept) -> torch.Tensor:
+    """The GIN in training mode, its messages as a dense matrix; then every column standardised."""
+    x = gin.embedding.expand(len(sums), -1)
+    for i, layer in enumerate(gin.layers):
+        edges = sums[:, :9] @ layer.edge.weight.T + sums[:, 9:] * layer.edge.bias
+        hidden = torch.cat([x + kept @ x, edges], 1) @ layer.first.weight.T + layer.first.bias
+        hidden = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + layer.norm.eps).sqrt()
+        hidden = (hidden * layer.norm.weight + layer.norm.bias).clamp(min=0)
+        x = hidden @ layer.second.weight.T + layer.second.bias
+        x = x.clamp(min=0) if i + 1 < len(gin.layers) else x
+    return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt() * gin.last.weight + gin.last.bias
+
+
+def test_bgrl_is_the_cosine_of_each_node_in_both_orders(home):
+    made, network, meta, index = bgrl(home)
+    theta, phi, batch = metapt.detached(network), metapt.detached(meta), made.inputs("pretrain", index)
+    assert (batch.sums[:, 9] == 1).any() and len(batch.sums) > 20  # a node without neighbours
+    torch.manual_seed(3)
+    value = made.pretrain_loss(network, meta, index, 0.0, live=False)(theta, phi).item()
+    target = copy.deepcopy(network.encoder)
+    nn.utils.vector_to_parameters(network.target, target.parameters())
+    torch.manual_seed(3)
+    first, second = looped_views(meta, batch)
+    total, (into, prelu, out) = 2.0, network.head
+    for mine, theirs in ((first, second), (second, first)):
+        h, z = plain_nodes(network.encoder, *mine) @ into.weight.T + into.bias, plain_nodes(target, *theirs)
+        h = torch.where(h > 0, h, prelu.weight * h) @ out.weight.T + out.bias
+        for a, b in zip(h, z, strict=True):
+            total -= (a @ b / a.norm() / b.norm()).item() / len(h)
+    assert value == pytest.approx(total, rel=1e-9)
+    again = made.pretrain_loss(network, meta, index, 0.0, live=False)(theta, phi).item()
+    assert again != pytest.approx(value)  # views are drawn anew
+
+
+def test_a_view_drops_the_shares_that_it_should(home):
+    share = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    kept = ppi.Drops.keep(share.logit(), 200_000)
+    assert 0 <= kept.min() and kept.max() <= 1
+    assert (kept < 0.5).double().mean().item() == pytest.approx(0.3, abs=0.005)
+    assert torch.autograd.grad(kept.mean(), share)[0] < -0.5
+    made = make(home, ppi.BGRL, layers=3, width=4)
+    network, _, meta = modules(made)
+    meta.edges.data[0], meta.features.data[0] = -50.0, -50.0  # nothing is dropped
+    batch = made.inputs("pretrain", GRAPHS[:20])
+    whole, dropped = meta(batch)
+    torch.testing.assert_close(network.eval()(whole), network(batch))
+    assert not torch.allclose(network(dropped), network(batch), rtol=0.1)
+
+
+def test_with_the_target_held_the_hypergradient_is_that_of_the_pipeline(home):
+    """PT to its end under φ (with a pull to where it began, so that there is one), FT, L_V: against central differences."""
+    made, network, meta, index = bgrl(home)
+    labels, pull, step = made.graphs.labels, 1000.0, 1e-6
+    made.graphs.labels = lambda *which: labels(*which).double()
+    head = made.head().double()
+    nn.init.normal_(network.head[2].weight)  # no prediction is near 0
+    begin, psi, phi = (metapt.detached(module) for module in (network, head, meta))
+    free = made.pretrain_loss(network, meta, index, 0.0, live=False)
+    finetune, validation = (made.finetune_loss(network, head, part, GRAPHS[:30]) for part in ("finetune", "validation"))
+
+    def pretrain(theta, phi):
+        return free(theta, phi) + pull / 2 * sum((p - begin[k]).square().sum() for k, p in theta.items())
+
+    def gradient(loss, at):
+        torch.manual_seed(4)
+        point = {k: p.clone().requires_grad_() for k, p in at.items()}
+        return dict(zip(at, torch.autograd.grad(loss(point), list(point.values())), strict=True))
+
+    def pretrained(phi):
+        theta = begin
+        for _ in range(25):  # θ ← θ_0 − ∇L / pull, a contraction
+            slope = gradient(lambda theta: pretrain(theta, phi), theta)
+            theta = {k: p - slope[k] / pull for k, p in theta.items()}
+        assert max(g.abs().max() for g in slope.values()) < 1e-9
+        return theta
+
+    def pipeline(phi):
+        theta = pretrained(phi)
+        slope = gradient(lambda psi: finetune(theta, psi), psi)
+        return validation(theta, {k: p - 0.1 * slope[k] for k, p in psi.items()}).item()
+
+    before, theta = network.target.clone(), pretrained(phi)
+    torch.manual_seed(4)
+    found = metapt.hypergradient(pretrain, finetune, validation, theta, psi, phi, unroll=metapt.Unroll(1, 0.1),
+                                 solver=metapt.Solver("cg", terms=50))  # fmt: skip
+    for name, p in phi.items():
+        for view in torch.eye(2, dtype=torch.float64):
+            ends = [pipeline({**phi, name: p + by * view}) for by in (step, -step)]
+            wanted = (ends[0] - ends[1]) / (2 * step)
+            assert (found.phi[name] @ view).item() == pytest.approx(wanted, rel=1e-3), name
+    assert torch.equal(network.target, before)
+
+
+def test_the_target_follows_the_encoder_a_step_behind_and_is_no_part_of_theta(home):
+    learner = metapt.Learner(make(home, ppi.BGRL, momentum=0.8, lr=1e-2))
+    network, target = learner.network, flat(learner.network.encoder)
+    assert "target" in network.state_dict() and "target" not in dict(network.named_parameters())
+    for _ in range(4):
+        target = 0.8 * target + 0.2 * flat(network.encoder)
+        learner.pretrain_step(1.0)
+        torch.testing.assert_close(network.target, target)
+        assert not torch.allclose(network.target, flat(network.encoder), atol=1e-3)
+    before = {name: b.clone() for name, b in network.named_buffers()}
+    learner.meta_step(1.0)
+    assert all(torch.equal(b, before[name]) for name, b in network.named_buffers())
+
+
+def test_bgrl_reads_no_labels_in_pretraining_and_has_no_options_of_labels(home, monkeypatch):
+    made = make(home, ppi.BGRL)
+    network, _, meta = modules(made)
+    monkeypatch.setattr(made.graphs, "labels", None)
+    assert made.pretrain_loss(network, meta, GRAPHS[:9], 0.0, live=True)(
+        metapt.detached(network), metapt.detached(meta)
+    ).isfinite()
+    where = f"{ROOT / 'bench' / 'domains' / 'ppi.py'}:BGRL"
+    for given in ({"permuted": 0.5}, {"meta_train": True}, {"momentum": 1.0}):
+        assert f"--{next(iter(given)).replace('_', '-')}" in refused(home, "meta", where, *options({**TINY, **given}))
+    found = summary_of(home, "meta", where, "--out", "bgrl", *options(TINY))
+    assert {name: phi["shape"] for name, phi in found["phi"].items()} == {"edges": [2], "features": [2]}
+    last = [json.loads(line) for line in (home / "bgrl" / "metrics.jsonl").read_text().splitlines()][-1]
+    phi = torch.load(home / "bgrl" / "checkpoint.pt")["phi"]
+    assert last["edges_1"] == pytest.approx(phi["edges"][0].sigmoid().item())
+    assert {"phi.png", "comparison.png"} <= set(contents(home / "bgrl"))
+    assert "phi.csv" not in contents(home / "bgrl")
+
+
 # What may be seen before FT
 
 
@@ -451,10 +616,13 @@ def test_agnostic_validates_on_the_tasks_that_the_episode_left_out(home):
     assert value == pytest.approx(cross_entropy(outputs[:, 40 + left_out], labels).mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("given", [{}, {"select": 6}, {**AGNOSTIC, "particles": "2:0.5,1"}])
-def test_a_run_that_goes_on_ends_as_if_it_had_not_stopped(home, tmp_path, given):
+@pytest.mark.parametrize(("kind", "given"), [
+    (ppi.PPI, {}), (ppi.BGRL, {"momentum": 0.9}), (baselines.Selection, {"select": 6}),
+    (baselines.Selection, {**AGNOSTIC, "particles": "2:0.5,1"}),
+])  # fmt: skip
+def test_a_run_that_goes_on_ends_as_if_it_had_not_stopped(home, tmp_path, kind, given):
     def training():
-        return metapt.Training(make(home, baselines.Selection if "select" in given else ppi.PPI, **given), learn=True)
+        return metapt.Training(make(home, kind, **given), learn=True)
 
     states, whole = {}, training()
     whole.run(lambda t: states.setdefault(t.step, torch.save(t.state_dict(), tmp_path / f"{t.step}.pt")))
@@ -464,7 +632,7 @@ def test_a_run_that_goes_on_ends_as_if_it_had_not_stopped(home, tmp_path, given)
     assert second.step == 12
     second.run()
     for name in ("network", "meta"):
-        assert torch.equal(flat(getattr(whole.best, name)), flat(getattr(second.best, name)))
+        assert torch.equal(*(flat(getattr(training.best, name).state_dict()) for training in (whole, second)))
 
 
 def test_the_paper_preset_is_the_published_protocol(home):

@@ -4,9 +4,10 @@
     python metapt.py meta ecg                            φ = a warp in time
     python metapt.py meta ecg --augment simclr           φ = the strengths of mask and noise; `both`: these and the warp
     python metapt.py pretrain ecg --augment simclr       the baseline without a warp
+    python metapt.py meta bench/domains/ecg.py:BYOL      BYOL in place of SimCLR: φ = warp, mask and noise
 
 Raghu et al., NeurIPS 2021, section 5.2. Records: Wagner et al., "PTB-XL", Scientific Data 2020 (CC BY 4.0). SimCLR: Chen et
-al., ICML 2020. Encoder: ResNet-18 of He et al., CVPR 2016, along time.
+al., ICML 2020. BYOL: Grill et al., NeurIPS 2020. Encoder: ResNet-18 of He et al., CVPR 2016, along time.
 """
 
 import hashlib
@@ -384,15 +385,17 @@ class ECG(metapt.Domain):
         signals = self.inputs("pretrain", index)
 
         def loss(theta, phi):
-            if any(p.requires_grad for p in phi.values()):
-                # Made again when the gradient arrives there: their graph would outweigh what the encoder keeps.
-                views = checkpoint(metapt.call, meta, phi, signals, train=True, use_reentrant=False)
-            else:
-                views = metapt.call(meta, phi, signals, train=True)
+            views = self.views(meta, phi, signals)
             a, b = (metapt.call(network, theta, view, train=True, live=live) for view in views)
             return nt_xent(a, b, self.settings.temperature, self.ranks)
 
         return loss
+
+    def views(self, meta, phi, signals):
+        if any(p.requires_grad for p in phi.values()):
+            # Made again when the gradient arrives there: their graph would outweigh what the encoder keeps.
+            return checkpoint(metapt.call, meta, phi, signals, train=True, use_reentrant=False)
+        return metapt.call(meta, phi, signals, train=True)
 
     def inputs(self, part, index):
         return (self.records.millivolts(self.rows[part][index]) - self.mean) / self.deviation
@@ -429,6 +432,75 @@ class ECG(metapt.Domain):
             "warp.png": lambda figure: draw_warp(figure, self.records, rows[one], moved[0, one]),
             "magnitudes.png": lambda figure: draw_magnitudes(figure, self.records, rows, each),
         }
+
+
+# BYOL
+
+
+class Bootstrapped(metapt.Network):
+    """θ is the online network: encoder, projector, predictor. The target is a moving average of encoder and projector, in a
+    buffer: so it is in checkpoints, and no part of θ.
+    """
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module):
+        super().__init__(encoder, nn.Sequential(projector, predictor))
+        self.target = nn.Buffer(nn.utils.parameters_to_vector(self.followed.parameters()).detach())
+
+    followed = property(lambda self: nn.Sequential(self.encoder, self.head[0]))
+
+    @torch.no_grad()
+    def follow(self, share: float) -> None:
+        """Moves the target by a share of its way to the online network."""
+        self.target.lerp_(nn.utils.parameters_to_vector(self.followed.parameters()), share)
+
+    def aims(self, signals: Tensor) -> Tensor:
+        """Projections [n, d] of the target, which has a batch's own statistics, as the online network has."""
+        online = dict(self.followed.named_parameters())
+        parts = zip(online.items(), self.target.split([p.numel() for p in online.values()]), strict=True)
+        return metapt.call(self.followed, {name: part.view_as(p) for (name, p), part in parts}, signals, train=True)
+
+
+def perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """BYOL's projector, and its predictor."""
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+class BYOLSettings(ECGSettings, steps=100, warmup=30, lr=1e-3, augment="both"):
+    momentum: float = metapt.option(0.996, "Of the target, a PT step", check=metapt.BELOW_1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.temperature == type(self).temperature, "temperature", "nothing: BYOL has none")
+
+
+class BYOL(ECG):
+    """The online network predicts from one view what the target makes of the other (Grill et al., equation 2).
+
+    The stop-gradient is θ's alone: the target is a constant of L_PT and of its hypergradient, which so ignores that it
+    will follow θ, but φ moves the views that both networks see.
+    """
+
+    Settings = BYOLSettings
+    presets: ClassVar = {}
+
+    def network(self):
+        network, features = super().network(), 8 * self.settings.width
+        projector = perceptron(features, 2 * features, features // 2)
+        predictor = perceptron(features // 2, 2 * features, features // 2)
+        return Bootstrapped(network.encoder, projector, predictor).to(self.device)
+
+    def pretrain_loss(self, network, meta, index, progress, live):
+        signals = self.inputs("pretrain", index)
+        if live:  # a PT step begins: the target follows the step before it
+            network.follow(1 - self.settings.momentum)
+
+        def loss(theta, phi):
+            views = self.views(meta, phi, signals)
+            a, b = (metapt.call(network, theta, view, train=True, live=live) for view in views)
+            x, y = map(network.aims, views)
+            return 4 - 2 * (F.cosine_similarity(a, y) + F.cosine_similarity(b, x)).mean()
+
+        return loss
 
 
 def draw_warp(figure, records: Records, row: Tensor, moved: Tensor) -> None:

@@ -4,9 +4,10 @@
     python metapt.py download ppi --source string-yeast --from DIR    yeast, from files of STRING and GO in DIR
     python metapt.py meta ppi                                         φ learned: tasks.png, and by GO term phi.csv
     python metapt.py meta ppi --preset paper                          the published protocol
+    python metapt.py meta bench/domains/ppi.py:BGRL                   PT without labels: φ makes the views of BGRL
 
 Raghu et al., NeurIPS 2021, section 5.1. Graphs, parts and encoder: Hu et al., "Strategies for Pre-training Graph Neural
-Networks", ICLR 2020. What this is compared to is in ppi_baselines.py.
+Networks", ICLR 2020. BGRL: Thakoor et al., ICLR 2022. What the weights are compared to is in ppi_baselines.py.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ class GraphBatch(NamedTuple):
     graph: Tensor  # [nodes]: the graph of a node
     centre: Tensor  # [graphs]: the node that a graph is the neighbourhood of
     size: Tensor  # [graphs]: number of nodes
+    kept: tuple[Tensor, Tensor] | None = None  # [edges]: how much of an edge is there, and where it goes to; None: all
 
 
 class Graphs:
@@ -142,28 +144,38 @@ class GINLayer(nn.Module):
             edge = edge + F.pad((of_x @ x)[:, None], (9, 0))
             hidden = F.linear(sums, edge, self.first.bias)
         else:
-            hidden = F.linear(x + NeighbourSum.apply(x, batch.source, batch.start), of_x, self.first.bias)
+            hidden = F.linear(x + self.messages(x, batch), of_x, self.first.bias)
             hidden = hidden + F.linear(sums, edge)
         return self.second(self.norm(hidden).relu())
+
+    @staticmethod
+    def messages(x: Tensor, batch: GraphBatch) -> Tensor:
+        if batch.kept is None:
+            return NeighbourSum.apply(x, batch.source, batch.start)
+        kept, to = batch.kept
+        return torch.zeros_like(x).index_add(0, to, kept[:, None] * x.index_select(0, batch.source))
 
 
 class GIN(nn.Module):
     """The graph isomorphism network of Hu et al., for graphs with edge features and no node features.
 
-    A batch of graphs to [graphs, 2 width]: the mean over nodes, and the centre.
+    A batch of graphs to [graphs, 2 width]: the mean over nodes, and the centre; or `nodes` [nodes, width].
     """
 
-    def __init__(self, width: int, layers: int, dropout: float):
+    def __init__(self, width: int, layers: int, dropout: float, last: nn.Module | None = None):
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(width) / math.sqrt(width))  # every node begins alike
         self.layers = nn.ModuleList(GINLayer(width) for _ in range(layers))
-        self.dropout = dropout
+        self.dropout, self.last = dropout, last or nn.Identity()
 
-    def forward(self, batch: GraphBatch) -> Tensor:
+    def forward(self, batch: GraphBatch, nodes: bool = False) -> Tensor:
         x, sums = self.embedding, batch.sums.to(self.embedding.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, batch, sums)
             x = F.dropout(x.relu() if i + 1 < len(self.layers) else x, self.dropout, self.training)
+        x = self.last(x)
+        if nodes:
+            return x
         total = x.new_zeros(len(batch.size), x.shape[1]).index_add(0, batch.graph, x)
         return torch.cat([total / batch.size[:, None], x[batch.centre]], 1)
 
@@ -348,6 +360,122 @@ class PPI(metapt.Domain):
     def figures(self, meta):
         positives = self.graphs.positives(self.rows["pretrain"], self.pretrain_tasks)
         return {"tasks.png": lambda figure: draw_tasks(figure, self.table(meta)[1], positives, self.permuted)}
+
+
+# BGRL
+
+
+class Bootstrapped(metapt.Network):
+    """θ is the online network: an encoder, and a predictor for each node. The target is a moving average of the encoder, in a
+    buffer: so it is in checkpoints, and no part of θ.
+    """
+
+    def __init__(self, encoder: GIN, predictor: nn.Module):
+        super().__init__(encoder, predictor)
+        self.target = nn.Buffer(nn.utils.parameters_to_vector(encoder.parameters()).detach())
+
+    def forward(self, batch: GraphBatch, features: bool = False) -> Tensor:
+        return self.encoder(batch) if features else self.head(self.encoder(batch, nodes=True))
+
+    @torch.no_grad()
+    def follow(self, share: float) -> None:
+        """Moves the target by a share of its way to the encoder."""
+        self.target.lerp_(nn.utils.parameters_to_vector(self.encoder.parameters()), share)
+
+    def aims(self, batch: GraphBatch) -> Tensor:
+        """The target's nodes [nodes, width], with a batch's own statistics, as the online network has them."""
+        online = dict(self.encoder.named_parameters())
+        parts = zip(online.items(), self.target.split([p.numel() for p in online.values()]), strict=True)
+        theirs = {name: part.view_as(p) for (name, p), part in parts}
+        return metapt.call(self.encoder, theirs, batch, train=True, nodes=True)
+
+
+class Drops(nn.Module):
+    """φ = the shares of edges and of edge features that each of two views drops, as logits [2].
+
+    A number between 0 and 1 that has a gradient says how much is kept: (σ⁻¹(1 − share) + σ⁻¹(u)) / 0.5 through σ, u uniform,
+    is below one half for that share of all draws (the concrete distribution: Maddison et al., ICLR 2017).
+    """
+
+    def __init__(self, edges: tuple[float, float], features: tuple[float, float]):
+        super().__init__()
+        self.edges, self.features = (nn.Parameter(torch.tensor(shares).logit()) for shares in (edges, features))
+
+    @staticmethod
+    def keep(logit: Tensor, *shape: int) -> Tensor:
+        u = torch.rand(shape, dtype=logit.dtype, device=logit.device)
+        return ((u.logit(1e-6) - logit) / 0.5).sigmoid()
+
+    def forward(self, batch: GraphBatch) -> list[GraphBatch]:
+        """Each directed edge is drawn by itself, features graph by graph. What a node's edges sum up to shrinks as their number
+        does: the features of single edges are not there to be left out. Self-loops stay.
+        """
+        loop = F.one_hot(torch.tensor([7, 9]), 10).sum(0).to(batch.sums)
+        sums, views = batch.sums - loop, []
+        to = torch.arange(len(sums), device=sums.device).repeat_interleave(sums[:, 9].long())
+        for edge, feature in zip(self.edges, self.features, strict=True):
+            kept = self.keep(edge, len(to))
+            share = sums.new_zeros(len(sums), dtype=kept.dtype).index_add(0, to, kept) / sums[:, 9].clamp(min=1)
+            features = F.pad(self.keep(feature, len(batch.size), 9), (0, 1), value=1.0)[batch.graph]
+            views.append(batch._replace(sums=sums * share[:, None] * features + loop, kept=(kept, to)))
+        return views
+
+
+class BGRLSettings(
+    PPISettings, steps=300, warmup=60, dropout=0.0, meta_every=5, meta_batch_size=64, meta_lr=0.05, hvp="exact",
+):  # fmt: skip
+    momentum: float = metapt.option(0.999, "Of the target, a PT step", check=metapt.BELOW_1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("permuted", "meta_train"):
+            self.require(not getattr(self, name), name, "nothing: BGRL has no PT tasks")
+
+
+class BGRL(PPI):
+    """The online network predicts from a node of one view what the target makes of it in the other. Labels of PT are not read.
+
+    The stop-gradient is θ's alone: the target is a constant of L_PT and of its hypergradient, which so ignores that it
+    will follow θ, but φ moves the views that both networks see.
+    """
+
+    Settings = BGRLSettings
+    presets: ClassVar = {}
+    captions: ClassVar = {"edges_1": "share of edges that a view drops"}
+
+    def network(self):
+        width, layers, dropout = self.settings.width, self.settings.layers, self.settings.dropout
+        encoder = GIN(width, layers, dropout, nn.BatchNorm1d(width))  # as BGRL's end
+        predictor = nn.Sequential(nn.Linear(width, 8 * width), nn.PReLU(), nn.Linear(8 * width, width))
+        network = Bootstrapped(encoder, predictor).to(self.device)
+        metapt.settle(network, self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)))
+        return network
+
+    def meta(self):
+        return Drops(edges=(0.3, 0.25), features=(0.25, 0.1)).to(self.device)
+
+    def pretrain_loss(self, network, meta, index, progress, live):
+        batch = self.inputs("pretrain", index)
+        if live:  # a PT step begins: the target follows the step before it
+            network.follow(1 - self.settings.momentum)
+
+        def loss(theta, phi):
+            views = metapt.call(meta, phi, batch)
+            a, b = (metapt.call(network, theta, view, train=True, live=live) for view in views)
+            x, y = map(network.aims, views)
+            return 2 - (F.cosine_similarity(a, y) + F.cosine_similarity(b, x)).mean()
+
+        return loss
+
+    def measure(self, meta):
+        shares = {name: p.sigmoid().tolist() for name, p in metapt.detached(meta).items()}
+        return {f"{name}_{view}": share for name, both in shares.items() for view, share in enumerate(both, 1)}
+
+    def table(self, meta):
+        return None
+
+    def figures(self, meta):
+        return {}
 
 
 def divide_tasks(tasks: int, fixed: int, positives, random, few=60, wanted=40) -> tuple[np.ndarray, np.ndarray]:
