@@ -831,6 +831,8 @@ def as_written(stored, expected, key: str = ""):
             as_written(theirs[name], ours[name], f"{key}{name}.")
         return stored
     found = ""
+    if isinstance(stored, Tensor) and stored.is_meta:
+        raise ValueError(f"{key.removesuffix('.')} is a tensor without numbers")
     if isinstance(expected, Tensor) and isinstance(stored, Tensor):
         right = (stored.layout, stored.dtype, stored.shape) == (expected.layout, expected.dtype, expected.shape)
         found = "not finite" if right else f"a tensor of {stored.dtype} {list(stored.shape)}"

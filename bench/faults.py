@@ -190,11 +190,8 @@ def alter(content, draw: random.Random):
     """One value of another type, one key away, or one more, at some depth; and whether it is of the kind that it was."""
     if isinstance(content, torch.Tensor):
         new = draw.choice(TENSORS)(content)
-        alike = isinstance(new, torch.Tensor) and (new.dtype, new.shape, new.layout) == (
-            content.dtype,
-            content.shape,
-            content.layout,
-        )
+        facts = lambda it: (it.dtype, it.shape, it.layout, it.device)
+        alike = isinstance(new, torch.Tensor) and facts(new) == facts(content)
         return new, alike and bool(new.isfinite().all())
     if not isinstance(content, dict | list | tuple) or not content or draw.random() < 0.1:
         new = draw.choice((*ODD, -content if isinstance(content, int | float) else "/"))

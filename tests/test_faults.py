@@ -100,6 +100,7 @@ CHECKPOINT = [
     *((f"learners/0/{name}", value) for name, value in [
         ("psi", {}), ("psi/weight", OTHER), ("psi/weight", NONE), ("psi/weight", lambda it: it.double()), ("psi/bias", "x"),
         ("psi/weight", lambda it: it * NAN), ("psi/weight", lambda it: it.to_sparse()), ("psi/more", OTHER), ("psi", [OTHER]),
+        *((name, lambda it: it.to("meta")) for name in ("psi/weight", "streams/meta/0", "optimizer/state/0/step")),
         ("network", {}), ("network/head.bias", OTHER), ("network/head.bias", NONE), ("network/head.bias", lambda it: it / 0),
         ("network/encoder.1.num_batches_tracked", 3), ("network/more", OTHER), ("meta/weight", OTHER), ("meta/weight", NONE),
         ("optimizer", []), ("optimizer", NONE), ("ft_state", None), ("average", [1]), ("averaged", -1), ("averaged", 1.0),
