@@ -361,6 +361,7 @@ def report(
             name: [line for line in lines if line["method"] not in ("none", "default")]
             for name, lines in figures.items()
         }
+        shown = {name: lines for name, lines in shown.items() if lines}
         heights = [len(lines) for lines in shown.values()]
         figure.set_size_inches(6, 0.16 * sum(heights) + 0.45 * len(heights))
         axes = np.atleast_1d(figure.subplots(len(shown), 1, height_ratios=heights))
