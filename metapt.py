@@ -29,7 +29,6 @@ arXiv:2111.01754. Chapters: 2 the hypergradient, 3 settings and domains, 4 Algor
 #     v       = dL_V(θ_K, ψ_K)/dθ*    through K unrolled FT steps         gradient_through_finetuning
 #     q       ≈ (∇²_θθ L_PT)⁻¹ v      an inverse-Hessian-vector product   solve
 #     dL_V/dφ = −qᵀ ∇²_θφ L_PT        the implicit function theorem       hypergradient, which joins the three
-# ---------------------------------------------------------------------------------------------------------------------
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -476,7 +475,6 @@ def _finite(**results: Params) -> dict[str, float]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Settings and Domain: what an experiment is
-# ---------------------------------------------------------------------------------------------------------------------
 
 import abc
 import contextlib
@@ -611,6 +609,8 @@ class Settings:
             self.require(fits, f.name, "a finite number, at most 1e30 in size")
             predicate, expected = f.metadata.get("check", ANYTHING)
             self.require(predicate(value), f.name, expected)
+        coarse = self.precision == "float32" or (self.hvp_step or BF16_STEP) >= BF16_STEP
+        self.require(coarse, "hvp_step", f"{BF16_STEP} or more with --precision bf16")
         self.require(self.warmup <= self.steps, "warmup", f"at most the {self.steps} steps")
         self.require(self.solver != "nystrom" or self.damping > 0, "damping", "positive with --solver nystrom")
         try:
@@ -877,7 +877,6 @@ def read_prepared(folder: Path, form: str, prepared_by: str, facts: dict, layout
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Algorithm 1: mini-batches, the learner, the training loop
-# ---------------------------------------------------------------------------------------------------------------------
 
 import copy
 import time
@@ -1095,7 +1094,7 @@ class Training:
         check_losses(first, learn)
         self.learners = [first]
         for number in range(1, self.settings.plan[0][0] if learn else 1):  # they differ by what they draw from here on
-            self.learners.append(copy.deepcopy(first, {id(domain): domain}))
+            self.learners.append(copy.deepcopy(first, {id(domain): domain, id(domain.ranks): domain.ranks}))
             self.learners[-1].number = number
         self.step, self.seconds = 0, 0.0
 
@@ -1213,7 +1212,6 @@ def pretrain_afresh(domain: Domain, seed: int, phi: dict | None) -> Network:  # 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Fine-tuning that measures an encoder, comparisons
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Finetuned(NamedTuple):  # an encoder after FT, where its validation loss was lowest
@@ -1336,7 +1334,6 @@ def finite_or_none(value) -> float | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. Images: φ, networks, reader, the rotation and noise domains on digits and MNIST, their figures
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class RotationMean(nn.Module):
@@ -1608,7 +1605,6 @@ class MNISTNoise(DigitsNoise):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Run folders and checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
 
 import io
 import os
@@ -1801,7 +1797,6 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Reports: tables, progress, figures
-# ---------------------------------------------------------------------------------------------------------------------
 
 import csv
 
@@ -1911,7 +1906,6 @@ def draw_comparison(figure, rows: list[dict]) -> None:  # the headline metric by
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. Commands, and how a domain is found
-# ---------------------------------------------------------------------------------------------------------------------
 
 import importlib.util
 import signal
@@ -2042,6 +2036,10 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(f"--device {name}: there is no such GPU here")
+    if device.type == "cuda" and Ranks().size > 1:
+        few = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
+        if few or device.index is not None:
+            raise BadInput(f"--device {name}: each rank needs a GPU of its own, and takes it by itself")
     return device
 
 

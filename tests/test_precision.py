@@ -73,6 +73,8 @@ def test_hypergradients_under_bf16_are_those_of_float32(method, hvp):
 def test_finite_products_under_bf16_step_further_unless_they_are_told_how_far():
     of = lambda **given: training(hvp="finite", **given).domain.settings.inverse.step
     assert (of(), of(precision="bf16"), of(precision="bf16", hvp_step=0.5)) == (None, metapt.BF16_STEP, 0.5)
+    with pytest.raises(metapt.BadInput, match=r"--hvp-step is 0.01, expected 0.1 or more with --precision bf16"):
+        of(precision="bf16", hvp_step=0.01)
 
 
 def test_compiling_without_finite_products_is_refused(tmp_path):

@@ -440,6 +440,7 @@ class BGRL(PPI):
     """
 
     Settings = BGRLSettings
+    divisible = False  # L_PT is a mean over nodes
     presets: ClassVar = {}
     captions: ClassVar = {"edges_1": "share of edges that a view drops"}
 
