@@ -1117,7 +1117,7 @@ class Training:
                     learner.meta_step(self._progress(until - 1))
             self.step, self.seconds = until, time.perf_counter() - begun
             if not all(math.isfinite(learner.losses["pretrain_loss"]) for learner in self.learners):
-                raise Failed(f"the PT loss is not finite at PT step {self.step}: a lower --lr may help")
+                raise Failed(f"the PT loss is not finite at PT step {self.step}: a lower --lr or --meta-lr may help")
             # Successive halving (Jamieson and Talwalkar, AISTATS 2016): as a stage ends the better particles stay.
             wanted = next(count for count, share in settings.plan if share >= self._progress(self.step))
             if len(self.learners) > wanted:
@@ -1686,6 +1686,8 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
             raise BadInput(f"{folder} is no folder of a run")
         self.folder, self.metrics, self.started = folder, folder / "metrics.jsonl", folder / "config.json"
         self.saved, self.earlier = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+        # Of config.json as it is when the run is begun, or gone on with.
+        self.digest = hashlib.sha256(self.started.read_bytes()).hexdigest() if self.started.is_file() else ""
 
     @classmethod
     def create(cls, folder: Path | None, config: dict, held: contextlib.ExitStack) -> "Run":
@@ -1734,12 +1736,9 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
                  "domain": lambda name: type(name) is str and name.isprintable(), "domain_sha256": str | None,
                  "phi": str | None, "torch": str, "data": str,
                  "device": lambda name: type(name) is str and re.fullmatch(r"cpu|cuda(:\d+)?", name)}  # fmt: skip
-        with refusing(f"{self.started} is not what this metapt writes"):
+        advice = "" if self.started.exists() else " (where it was never written, the command that began the run does it anew)"
+        with refusing(f"{self.started} is not what this metapt writes{advice}"):
             return as_written(json.loads(self.started.read_text()), known)
-
-    @functools.cached_property
-    def digest(self) -> str:  # of config.json as it was when the run was begun or gone on with
-        return hashlib.sha256(self.started.read_bytes()).hexdigest()
 
     def save(self, training: Training) -> None:  # a checkpoint, with the SHA-256 of all before at its end
         with refusing(f"no checkpoint at PT step {training.step}; a lower --lr may help", ValueError, Failed):
@@ -1753,7 +1752,7 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
         save_whole(self.saved, buffer.getbuffer(), keep=self.earlier)
 
     def had_checkpoint(self) -> bool:  # else it was killed before the first, and there is nothing to go on from
-        later = any(path.exists() for path in (self.saved, self.earlier, self.folder / "summary.json"))
+        later = any(path not in (self.started, self.metrics, self.folder / LOCK) for path in self.folder.iterdir())
         return later or (self.metrics.exists() and len({row["step"] for row in self.history()}) > CHECKPOINT_EVERY)
 
     def checkpoint(self) -> dict:
@@ -1775,18 +1774,21 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
             raise BadInput(f"{self.started} has changed since {self.saved} was made")
         return content
 
-    def restore(self, training: Training, content: dict | None) -> None:  # to a checkpoint; later metrics are cut off
-        kept = self.metrics.read_bytes()[: content["metrics_bytes"]] if content and self.metrics.exists() else b""
-        kept = kept[: kept.rfind(b"\n") + 1]  # they can be shorter after a power cut: whole lines only
+    def restore(self, training: Training, content: dict | None) -> bool:
+        """To a checkpoint, later metrics being cut off; whether all metrics up to it are there."""
+        until = content["metrics_bytes"] if content else 0
+        kept = found = self.metrics.read_bytes()[:until] if self.metrics.exists() else b""
+        kept = kept[: kept.rfind(b"\n") + 1]  # whole lines
         self.history(kept)
         if content:
             with refusing(f"{self.saved} does not fit its config.json", ValueError):
                 training.load_state_dict({name: content[name] for name in training.written()})
         if self.metrics.exists() and not training.domain.ranks.rank:
             os.truncate(self.metrics, len(kept))
+        return len(found) == until
 
     def history(self, content: bytes | None = None) -> list[dict]:  # the rows of metrics.jsonl, whole lines
-        rows, content = [], self.metrics.read_bytes() if content is None else content
+        rows, content = [], content or (self.metrics.read_bytes() if self.metrics.exists() else b"")
         for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
             with refusing(f"{self.metrics}: line {number} is no row of metrics", (*UNREADABLE, TypeError)):
                 rows.append(dict(json.loads(line)))
@@ -2187,7 +2189,8 @@ def begin(command: str, kind: type[Domain], ask) -> tuple[Run, Training]:
     if not ask.resume:
         finetune_sizes(domain)  # what cannot be is said before anything is written
         return Run(domain.ranks.first(lambda: Run.create(ask.out, config, ask.held).folder)), training
-    run.restore(training, content)
+    if not run.restore(training, content):
+        ask.console.print(f"{run.metrics} lacks rows that it had: they will be missing in figures")
     if content and content["ranks"] != domain.ranks.size:
         ask.console.print(f"ranks: {content['ranks']} before, {domain.ranks.size} now: the run's numbers will differ")
     ask.console.print(f"going on at PT step {training.step} of {domain.settings.steps}")

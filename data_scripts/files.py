@@ -119,7 +119,7 @@ def enough_space(path: Path, needed: int, reason: str = "") -> None:
     """Raises Failed where `needed` bytes for `path` are more than the disk has, or, given a reason, in any case."""
     free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
     if reason or free < needed:
-        sizes = f"{needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free"
+        sizes = f"{needed:,} bytes are needed, {free:,} are free"
         raise Failed(f"{path}: {reason or os.strerror(errno.ENOSPC)}: {sizes}")
 
 

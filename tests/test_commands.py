@@ -337,11 +337,12 @@ def test_a_finished_run_can_be_resumed_and_stays_the_same(copied, runs, tmp_path
 
 @pytest.mark.parametrize("kept", [100, 0, None])
 def test_metrics_of_another_length_than_the_checkpoint_says_leave_no_rubbish(kept, copied, runs, tmp_path):
-    """After a power cut the metrics can be shorter: the checkpoint was flushed to the disk, they were not."""
+    """What was written after the checkpoint is cut off; what was lost before it is said."""
     path = copied(NOISE) / "metrics.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"step": 99' if kept is None else whole[:kept])
-    assert main_in(tmp_path, "meta", "--resume=run")[0] == 0
+    code, out, _ = main_in(tmp_path, "meta", "--resume=run")
+    assert code == 0 and ("metrics.jsonl lacks rows that it had" in out) == (kept is not None)
     lines = whole[:kept].rpartition(b"\n")
     assert path.read_bytes() == lines[0] + lines[1]
     assert outcome(tmp_path / "run")[0] == outcome(runs / NOISE)[0]

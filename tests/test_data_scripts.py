@@ -280,9 +280,9 @@ def test_a_full_disk_is_one_line(string_files, server, tmp_path, refused, monkey
     running = run_alone("string_graphs", "--from", string_files, cwd=tmp_path, preexec_fn=limit)
     _, err = running.communicate()
     assert (running.returncode, err.count("\n")) == (1, 1), err
-    assert re.search(r"string-yeast/\w+.npy: File too large: [\d.]+ MB are needed, [\d.,]+ MB are free", err)
+    assert re.search(r"string-yeast/\w+.npy: File too large: [1-9][\d,]* bytes are needed, [\d,]+ are free", err)
     assert not names(tmp_path / "data" / "ppi")
-    with Path("/dev/full").open("wb", 0) as file, pytest.raises(files.Failed, match=r"x.npy: No space left .* 0\.5 MB"):
+    with Path("/dev/full").open("wb", 0) as file, pytest.raises(files.Failed, match=r"x.npy: No space left .* 500,000 bytes"):
         files.write(file, bytes(500_000), tmp_path / "x.npy")
 
     def full(descriptor):
@@ -292,7 +292,7 @@ def test_a_full_disk_is_one_line(string_files, server, tmp_path, refused, monkey
         patch.setattr(files.os, "fsync", full)
         assert ".npy: No space left" in refused(string_graphs, "--from", string_files, "--data", tmp_path, status=1)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    with pytest.raises(files.Failed, match=r"file: No space left .*0\.3 MB are needed, 0\.0 MB are free"):
+    with pytest.raises(files.Failed, match=r"file: No space left .*[1-9]\d\d,\d\d\d bytes are needed, 1,000 are free"):
         fetch(server, tmp_path / "file")
     assert not (tmp_path / "file.part").exists()
 

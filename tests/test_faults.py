@@ -318,6 +318,8 @@ def test_a_run_whose_checkpoint_is_lost_is_not_begun_again(home, run, tmp_path, 
     lines = (run / "metrics.jsonl").read_bytes().splitlines(True)
     (run / "metrics.jsonl").write_bytes(b"".join(lines[:2]))
     monkeypatch.setattr(metapt, "CHECKPOINT_EVERY", 2)
+    for path in {*run.iterdir()} - {run / "config.json", run / "metrics.jsonl"}:
+        path.unlink()
     assert main_in(tmp_path, "meta", "--resume=run")[0] == 0
     assert outcome(run) == outcome(home / "run")
 
@@ -760,3 +762,36 @@ def test_a_full_disk_is_one_line_and_what_was_saved_goes_on(limit, home, run, tm
     ]
     assert main_in(tmp_path, "meta", "--resume=run")[0] == 0
     assert outcome(run) == outcome(home / "run")
+
+
+def test_a_config_altered_before_the_first_checkpoint_is_refused(home, tmp_path, monkeypatch):
+    """What the checkpoint vouches for is what the run was begun with, not what lies there when it is made."""
+    real = metapt.Run.save
+
+    def save(run, training):
+        rewritten = json.loads(run.started.read_text())
+        rewritten["settings"]["measure_lr"] = 9.0
+        run.started.write_text(json.dumps(rewritten))
+        return real(run, training)
+
+    monkeypatch.setattr(metapt.Run, "save", save)
+    assert main_in(tmp_path, "meta", home / "toy.py", "--out=run", *QUICK)[0] == 0
+    assert "config.json has changed since" in refused(tmp_path, "finetune", "run", *MEASURE)
+
+
+@pytest.mark.parametrize("lost", ["metrics.jsonl", "checkpoint"])
+def test_what_a_finished_run_lost_is_said(lost, run, tmp_path):
+    if lost == "metrics.jsonl":
+        (run / lost).unlink()
+        code, out, _ = main_in(tmp_path, "meta", "--resume=run")
+        assert code == 0 and "metrics.jsonl lacks rows that it had" in out.replace("\n", " ")
+    else:  # figures show that it had got that far
+        for name in ("checkpoint.pt", "checkpoint.previous.pt", "summary.json"):
+            (run / name).unlink(missing_ok=True)
+        assert "checkpoint.pt is missing" in refused(tmp_path, "meta", "--resume=run")
+
+
+def test_a_run_without_its_config_says_how_to_begin_it(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".metapt-config.json-0").write_text("{")
+    assert "the command that began the run does it anew" in refused(tmp_path, "meta", "--resume=run")
