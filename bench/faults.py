@@ -89,7 +89,10 @@ def with_right_sum(folder: Path, path: Path, draw: random.Random) -> bool:
         fits.append(right)
         return content
 
-    tools.rewrite(path.parent, **{path.stem: change})
+    try:
+        tools.rewrite(path.parent, **{path.stem: change})
+    except RecursionError:  # nested too deeply to be written
+        return with_right_sum(folder, path, draw)
     return fits[0]
 
 
