@@ -1081,7 +1081,7 @@ class Training:
             raise BadInput(f"{type(domain).__name__}.sizes lacks {', '.join(sorted(missing))}")
         twice = "exact" in (self.settings.hvp, self.settings.unroll_scope == "all" and self.settings.unroll_hvp)
         if self.settings.compile and learn and twice:
-            raise BadInput("--compile needs finite products: --hvp finite, and in --unroll-scope all --unroll-hvp finite")
+            raise BadInput("--compile needs --hvp finite, and with --unroll-scope all --unroll-hvp finite")
         if domain.ranks.size > 1 and not domain.divisible:
             raise BadInput(f"the PT loss of {type(domain).__name__} is no mean over examples: no ranks")
         torch.manual_seed(self.settings.seed)
@@ -1736,7 +1736,7 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
                  "domain": lambda name: type(name) is str and name.isprintable(), "domain_sha256": str | None,
                  "phi": str | None, "torch": str, "data": str,
                  "device": lambda name: type(name) is str and re.fullmatch(r"cpu|cuda(:\d+)?", name)}  # fmt: skip
-        advice = "" if self.started.exists() else " (where it was never written, the command that began the run does it anew)"
+        advice = "" if self.started.exists() else " (if it never was, the command that began the run does it anew)"
         with refusing(f"{self.started} is not what this metapt writes{advice}"):
             return as_written(json.loads(self.started.read_text()), known)
 

@@ -358,7 +358,8 @@ def digits(damping: float) -> Problem:
         assert d @ hessian_d >= 0, "H + λI is indefinite"
         return hessian_d.numpy()
 
-    q, failed = linalg.cg(linalg.LinearOperator((len(v), len(v)), product, dtype=np.float64), v, rtol=1e-10, maxiter=2000)
+    operator = linalg.LinearOperator((len(v), len(v)), product, dtype=np.float64)
+    q, failed = linalg.cg(operator, v, rtol=1e-10, maxiter=2000)
     assert not failed and np.linalg.norm(product(q) - v) <= 1e-9 * np.linalg.norm(v)
     return p._replace(exact=-flat(grad(gradient, phi, grad_outputs=torch.from_numpy(q))))
 

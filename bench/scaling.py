@@ -180,7 +180,8 @@ def run(context: typer.Context, device: Annotated[str, typer.Option(help="cpu or
     if context.invoked_subcommand:
         return
     torch.set_num_threads(1)
-    path, found = HERE / "results" / f"scaling-{device}.json", {"torch": torch.__version__, "device": device, "sweeps": {}}
+    path = HERE / "results" / f"scaling-{device}.json"
+    found = {"torch": torch.__version__, "device": device, "sweeps": {}}
     if only:
         found = json.loads(path.read_text())
         if only not in SWEEPS or found["torch"] != torch.__version__:

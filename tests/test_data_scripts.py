@@ -282,7 +282,10 @@ def test_a_full_disk_is_one_line(string_files, server, tmp_path, refused, monkey
     assert (running.returncode, err.count("\n")) == (1, 1), err
     assert re.search(r"string-yeast/\w+.npy: File too large: [1-9][\d,]* bytes are needed, [\d,]+ are free", err)
     assert not names(tmp_path / "data" / "ppi")
-    with Path("/dev/full").open("wb", 0) as file, pytest.raises(files.Failed, match=r"x.npy: No space left .* 500,000 bytes"):
+    with (
+        Path("/dev/full").open("wb", 0) as file,
+        pytest.raises(files.Failed, match=r"x.npy: No space left .* 500,000 by"),
+    ):
         files.write(file, bytes(500_000), tmp_path / "x.npy")
 
     def full(descriptor):

@@ -463,7 +463,8 @@ def test_particles_start_alike_and_come_apart():
         assert other.optimizer.param_groups[0]["params"][0] is next(other.network.parameters())
         assert other.meta_optimizer.param_groups[0]["params"][0] is next(other.meta.parameters())
         assert other.domain is first.domain and other.ranks is first.domain.ranks
-    run.run(lambda run: seen.append({learner.number: float(learner.recent[-1]) for learner in run.learners if learner.recent}))
+    last = lambda run: {learner.number: float(learner.recent[-1]) for learner in run.learners if learner.recent}
+    run.run(lambda run: seen.append(last(run)))
     assert len(seen[1]) == len({*seen[1].values()}) == 3
     assert len(seen[-1]) == len(run.learners) == 1
     assert len(training(particles="3:0.5,1", learn=False).learners) == 1

@@ -78,9 +78,9 @@ def test_finite_products_under_bf16_step_further_unless_they_are_told_how_far():
 
 
 def test_compiling_without_finite_products_is_refused(tmp_path):
-    assert "--compile needs finite products" in refused(tmp_path, "meta", ROTATION, "--compile")
+    assert "--compile needs --hvp finite" in refused(tmp_path, "meta", ROTATION, "--compile")
     both = ("--hvp=finite", "--unroll-hvp=exact", "--unroll-scope=all")
-    assert "--compile needs finite products" in refused(tmp_path, "meta", ROTATION, "--compile", *both)
+    assert "--compile needs --hvp finite" in refused(tmp_path, "meta", ROTATION, "--compile", *both)
     assert "--precision" in refused(tmp_path, "meta", ROTATION, "--precision=half")
     assert not list(tmp_path.iterdir())
 

@@ -247,7 +247,8 @@ UNEVEN = {"batch_size": 7, "meta_batch_size": 15, "unroll_batch_size": 5, "valid
 
 def state_of(done) -> dict:
     learner = done.best
-    return {"θ": flat(learner.network), "ψ": flat(learner.psi), "φ": flat(learner.meta), "recent": [*map(float, learner.recent)]}
+    recent = [float(value) for value in learner.recent]
+    return {"θ": flat(learner.network), "ψ": flat(learner.psi), "φ": flat(learner.meta), "recent": recent}
 
 
 def whole_run(**given):

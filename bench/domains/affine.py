@@ -39,7 +39,8 @@ def affine(numbers: Tensor) -> tuple[Tensor, Tensor]:
 def transform(images: Tensor, numbers: Tensor) -> Tensor:
     """Square images [n, c, h, h], each transformed by its own map [n, 6]; differentiable in both. Bicubic, as `rotate`."""
     matrix, shift = affine(numbers)
-    inverse = torch.linalg.inv_ex(matrix)[0]  # without a check, which would wait for the device: where a pixel's value comes from, in units of half the image
+    # Where a pixel's value comes from, in units of half the image; a check of it would wait for the device.
+    inverse = torch.linalg.inv_ex(matrix)[0]
     grid = F.affine_grid(torch.cat([inverse, -inverse @ shift[..., None] * (2 / images.shape[-1])], -1),
                          list(images.shape), align_corners=False)  # fmt: skip
     return F.grid_sample(images, grid, mode="bicubic", align_corners=False)
