@@ -480,6 +480,7 @@ class BYOL(ECG):
     will follow θ, but φ moves the views that both networks see.
     """
 
+    divisible = False  # BatchNorm in the head needs two rows, and its statistics are the batch's
     Settings = BYOLSettings
     presets: ClassVar = {}
 
