@@ -945,8 +945,8 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
     def next_loss(self, stream: str, progress: float = 0.0, live: bool = False) -> Loss:
         """On the next batch of a stream; with ranks on a part of it, so weighed that their sum is that."""
         batch, (rank, size) = self.streams[stream].next(), (self.ranks.rank, self.ranks.size)
-        index, share = batch.tensor_split(size)[rank], len(batch.tensor_split(size)[rank]) / len(batch)
-        index.on_host = batch.on_host.tensor_split(size)[rank]
+        index, index.on_host = (rows.tensor_split(size)[rank] for rows in (batch, batch.on_host))
+        share = len(index) / len(batch)
         with self.ranks.own():
             if stream in ("pretrain", "meta"):
                 loss = self.domain.pretrain_loss(self.network, self.meta, index, progress, live)
@@ -1184,7 +1184,7 @@ class Training:
 
 
 def check_losses(learner: Learner, learn: bool) -> None:  # BadInput where a loss depends on none of θ, φ or ψ
-    domain, network = learner.domain, copy.deepcopy(learner.network)
+    domain, network = learner.domain, copy.copy(learner.network)
     network.compiled = False  # two examples are not worth it
     few = torch.arange(min(2, *domain.sizes.values()), device=domain.device)
     theta, phi, psi = ({name: p.clone().requires_grad_() for name, p in params.items()}

@@ -17,7 +17,7 @@ import torch
 from datasets import generated, write_graphs
 from graphs import RawGraphs, prepare_graphs
 from sklearn.metrics import roc_auc_score
-from tools import ROOT, SHARED, contents, flat, main_in, options, refused, summary_of
+from tools import ROOT, SHARED, contents, flat, main_in, options, pipeline_of, refused, summary_of
 from torch import nn
 
 import metapt
@@ -441,28 +441,7 @@ def test_with_the_target_held_the_hypergradient_is_that_of_the_pipeline(home):
     begin, psi, phi = (metapt.detached(module) for module in (network, head, meta))
     free = made.pretrain_loss(network, meta, index, 0.0, live=False)
     finetune, validation = (made.finetune_loss(network, head, part, GRAPHS[:30]) for part in ("finetune", "validation"))
-
-    def pretrain(theta, phi):
-        return free(theta, phi) + pull / 2 * sum((p - begin[k]).square().sum() for k, p in theta.items())
-
-    def gradient(loss, at):
-        torch.manual_seed(4)
-        point = {k: p.clone().requires_grad_() for k, p in at.items()}
-        return dict(zip(at, torch.autograd.grad(loss(point), list(point.values())), strict=True))
-
-    def pretrained(phi):
-        theta = begin
-        for _ in range(25):  # θ ← θ_0 − ∇L / pull, a contraction
-            slope = gradient(lambda theta: pretrain(theta, phi), theta)
-            theta = {k: p - slope[k] / pull for k, p in theta.items()}
-        assert max(g.abs().max() for g in slope.values()) < 1e-9
-        return theta
-
-    def pipeline(phi):
-        theta = pretrained(phi)
-        slope = gradient(lambda psi: finetune(theta, psi), psi)
-        return validation(theta, {k: p - 0.1 * slope[k] for k, p in psi.items()}).item()
-
+    pretrain, pretrained, pipeline = pipeline_of(free, finetune, validation, begin, psi, pull, 25)
     before, theta = network.target.clone(), pretrained(phi)
     torch.manual_seed(4)
     found = metapt.hypergradient(pretrain, finetune, validation, theta, psi, phi, unroll=metapt.Unroll(1, 0.1),

@@ -193,3 +193,34 @@ def toy_file(path: Path, more: str = "") -> Path:
     )
     path.write_text(imports + inspect.getsource(ToySettings) + "\n\n" + inspect.getsource(Toy) + more)
     return path
+
+
+def pipeline_of(free, finetune, validation, begin: dict, psi: dict, pull: float, steps: int):
+    """θ* of PT under φ, L_PT being `free` with a pull to `begin`, so that it has an end; and L_V(φ) after one FT step of 0.1.
+
+    Returns:
+        L_PT(θ, φ), θ*(φ) and L_V(φ) as functions; every pass draws the same random numbers, by seed 4.
+    """
+
+    def pretrain(theta, phi):
+        return free(theta, phi) + pull / 2 * sum((p - begin[k]).square().sum() for k, p in theta.items())
+
+    def gradient(loss, at):
+        torch.manual_seed(4)
+        point = {k: p.clone().requires_grad_() for k, p in at.items()}
+        return dict(zip(at, torch.autograd.grad(loss(point), list(point.values())), strict=True))
+
+    def pretrained(phi):
+        theta = begin
+        for _ in range(steps):  # θ ← θ_0 − ∇L / pull, a contraction
+            slope = gradient(lambda theta: pretrain(theta, phi), theta)
+            theta = {k: p - slope[k] / pull for k, p in theta.items()}
+        assert max(g.abs().max() for g in slope.values()) < 1e-9
+        return theta
+
+    def pipeline(phi):
+        theta = pretrained(phi)
+        slope = gradient(lambda psi: finetune(theta, psi), psi)
+        return validation(theta, {k: p - 0.1 * slope[k] for k, p in psi.items()}).item()
+
+    return pretrain, pretrained, pipeline
