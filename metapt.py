@@ -193,8 +193,10 @@ def hypergradient(
     derivatives = _Derivatives(pretrain, point, inner, solver)
 
     def product(d: Tensor, hessian: bool = True, mixed: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        change = derivatives.along(_point(theta=_unflat(d, theta)), inner * hessian + outer * mixed)
-        hessian_d = _flat(change, inner) + solver.damping * d if hessian else None
+        change = derivatives.along(d, inner * hessian + outer * mixed)
+        hessian_d = _flat(change, inner) if hessian else None
+        if hessian and solver.damping:
+            hessian_d = hessian_d + solver.damping * d
         return hessian_d, _flat(change, outer) if mixed else None
 
     q, mixed, residual = _flat(v), 0.0, 0.0
@@ -229,7 +231,7 @@ def gradient_through_finetuning(finetune, validation, point: Params, unroll: Unr
     while trail:  # popped, so that each step's graph is freed once it has been used
         derivatives, gradient, after = trail.pop()
         direction, moments = finetune_step_adjoint(_flat(adjoint, moving), moments, _flat(gradient), after, unroll)
-        change = derivatives.along(_unflat(direction, gradient), everything)
+        change = derivatives.along(direction, everything)
         adjoint = {name: adjoint[name] + change[name] for name in everything}
     return value, adjoint, point, state or {}
 
@@ -279,7 +281,7 @@ def finetune_step_adjoint(adjoint: Tensor, moments: tuple, g: Tensor, after: dic
 def solve(product, v: Tensor, q0: Params | None, solver: Solver, theta: Params, preconditioner):
     """q, qᵀ∇²_θφ L_PT (a plain 0 where q = 0) and ‖Hq − v‖ / ‖v‖ (nan where it would cost a product of its own)."""
     precondition = (lambda r: _flat(preconditioner(_unflat(r, theta)), theta)) if preconditioner else lambda r: r
-    q0 = None if q0 is None else _flat(q0, theta)
+    q0 = None if q0 is None else _flat(q0, theta).detach()
     if solver.method == "identity":
         q = precondition(v)
         return q, product(q, hessian=False)[1], torch.nan
@@ -382,12 +384,11 @@ class _Function:
     def gradient(self, point: Params, wrt) -> tuple[Tensor, Params]:
         """The loss and its first-order gradient, both summed over ranks."""
         value, leaves = self.graph(point, wrt)
-        found = self.summed({"value": value, **_grad(value, {name: leaves[name] for name in wrt})})
+        found = self.summed({"value": value.detach(), **_grad(value, {name: leaves[name] for name in wrt})})
         return found["value"], {name: found[name] for name in wrt}
 
     def summed(self, tensors: Params) -> Params:
         """Over ranks; `reduce` may work in place, on copies."""
-        tensors = {name: t.detach() for name, t in tensors.items()}
         return self.reduce({name: t.clone() for name, t in tensors.items()}) if self.reduce else tensors
 
     def require_paths(self, label: str, point: Params, groups: tuple[str, ...], allow_unused: bool) -> None:
@@ -404,39 +405,39 @@ class _Derivatives:
     """The gradient of a function at a point by what moves, and how the gradient changes along a direction."""
 
     def __init__(self, function: _Function, point: Params, moving: list[str], solver: Solver):
-        self.function, self.point, self.moving, self.step, self.graph = function, point, moving, solver.step, None
-        if solver.hvp == "exact":  # one graph of the gradient serves every direction
+        self.function, self.step, self.graph = function, solver.step, None
+        self.point, self.moving = point, {name: point[name] for name in moving}
+        if solver.hvp == "exact":  # one graph of the gradient, as a vector, serves every direction
             value, self.leaves = function.graph(point, point)
-            self.graph = _grad(value, {name: self.leaves[name] for name in moving}, create_graph=True)
+            gradient = _grad(value, {name: self.leaves[name] for name in moving}, create_graph=True)
+            with torch.enable_grad():
+                self.graph = _flat(gradient)
 
     def gradient(self) -> Params:
         if self.graph is None:
             return self.function.gradient(self.point, self.moving)[1]
-        return self.function.summed(self.graph)
+        return self.function.summed(_unflat(self.graph.detach(), self.moving))
 
-    def along(self, direction: Params, wrt: list[str]) -> Params:
+    def along(self, direction: Tensor, wrt: list[str]) -> Params:
         """d/dε ∇_wrt f(point + ε·direction) at ε = 0: exact, ∇_wrt ⟨direction, ∇f⟩; finite, up to O(ε²)."""
         if self.graph is not None:
-            outputs = {name: g for name, g in self.graph.items() if g.requires_grad}
-            inputs, weights = {name: self.leaves[name] for name in wrt}, [direction[name] for name in outputs]
-            return self.function.summed(_grad([*outputs.values()], inputs, grad_outputs=weights, retain_graph=True))
-        norm = torch.stack([d.norm() for d in direction.values()]).norm().item() if direction else 0.0
-        if norm == 0 or not wrt:
-            return {name: torch.zeros_like(self.point[name]) for name in wrt}
+            inputs = {name: self.leaves[name] for name in wrt}
+            return self.function.summed(_grad(self.graph, inputs, grad_outputs=direction, retain_graph=True))
         # The error is about step² from the third derivative and machine epsilon / step from rounding: least at the
-        # cube root. It is the length of the whole step, however many parameters share it.
-        epsilon = (self.step or torch.finfo(next(iter(direction.values())).dtype).eps ** (1 / 3)) / norm
-        ends = ({name: self.point[name] + e * d for name, d in direction.items()} for e in (epsilon, -epsilon))
+        # cube root. It is the length of the whole step, however many parameters share it; nothing waits to know it.
+        norm, step = direction.norm(), self.step or torch.finfo(direction.dtype).eps ** (1 / 3)
+        epsilon = step / torch.where(norm > 0, norm, 1)
+        scale, pieces = torch.where(norm > 0, 0.5 / epsilon, 0), _unflat(direction, self.moving).items()
+        ends = ({name: self.point[name] + e * d for name, d in pieces} for e in (epsilon, -epsilon))
         ahead, behind = (self.function.gradient({**self.point, **end}, wrt)[1] for end in ends)
-        return {name: (ahead[name] - behind[name]) / (2 * epsilon) for name in wrt}
+        return {name: (ahead[name] - behind[name]) * scale for name in wrt}
 
 
-def _grad(outputs, inputs: Params, **options) -> Params:
-    """torch.autograd.grad for a dict, with zeros for inputs that the outputs do not depend on."""
-    outputs = outputs if isinstance(outputs, list) else [outputs] if outputs.requires_grad else []
-    if not outputs or not inputs:
+def _grad(output: Tensor, inputs: Params, **options) -> Params:
+    """torch.autograd.grad for a dict, with zeros for inputs that the output does not depend on."""
+    if not output.requires_grad or not inputs:
         return {name: torch.zeros_like(t) for name, t in inputs.items()}
-    grads = torch.autograd.grad(outputs, list(inputs.values()), allow_unused=True, materialize_grads=True, **options)
+    grads = torch.autograd.grad(output, list(inputs.values()), allow_unused=True, materialize_grads=True, **options)
     return dict(zip(inputs, grads, strict=True))
 
 
@@ -450,13 +451,13 @@ def _group(point: Params, group: str) -> Params:
 
 
 def _flat(params: Params, names=None) -> Tensor:
-    pieces = [params[name].detach().reshape(-1) for name in (params if names is None else names)]
+    pieces = [params[name].flatten() for name in (params if names is None else names)]
     return torch.cat(pieces) if pieces else torch.empty(0)
 
 
 def _unflat(vector: Tensor, like: Params) -> Params:
     pieces = vector.split_with_sizes([t.numel() for t in like.values()])
-    return {name: p.view(t.shape).to(t.dtype) for p, (name, t) in zip(pieces, like.items(), strict=True)}
+    return {name: p.view_as(t).to(t.dtype) for p, (name, t) in zip(pieces, like.items(), strict=True)}
 
 
 def _normal(*shape: int, like: Tensor, seed: int) -> Tensor:
