@@ -831,24 +831,19 @@ def as_written(stored, expected, key: str = ""):
                 raise ValueError(f"{key}{name} is {'missing' if name in ours else 'unknown'}")
             as_written(theirs[name], ours[name], f"{key}{name}.")
         return stored
-    found = ""
-    if isinstance(stored, Tensor) and stored.is_meta:
-        raise ValueError(f"{key.removesuffix('.')} is a tensor without numbers")
-    if isinstance(expected, Tensor) and isinstance(stored, Tensor):
+    tensor = isinstance(stored, Tensor)
+    found = f"a tensor of {stored.dtype} {list(stored.shape)}" if tensor else reprlib.repr(stored)
+    if tensor and stored.is_meta:
+        right, found = False, "a tensor without numbers"
+    elif tensor and isinstance(expected, Tensor):
         right = (stored.layout, stored.dtype, stored.shape) == (expected.layout, expected.dtype, expected.shape)
-        found = "not finite" if right else f"a tensor of {stored.dtype} {list(stored.shape)}"
-        right = right and stored.isfinite().all()
+        if right and not stored.isfinite().all():
+            right, found = False, "not finite"
     elif isinstance(expected, type | UnionType):
         right = type(stored) in (get_args(expected) or (expected,))
-    elif callable(expected):
-        try:
-            right = expected(stored)
-        except ValueError as error:
-            raise ValueError(f"{key}{error}") from None
     else:
-        right = type(stored) is type(expected) and stored == expected
+        right = expected(stored) if callable(expected) else type(stored) is type(expected) and stored == expected
     if not right:
-        found = found or ("another tensor" if isinstance(stored, Tensor) else reprlib.repr(stored))
         raise ValueError(f"{key.removesuffix('.') or 'it'} is {found}")
     return stored
 
@@ -881,6 +876,9 @@ def read_prepared(folder: Path, form: str, prepared_by: str, facts: dict, layout
 
 import copy
 import time
+
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_map_only
 
 MANY_SKIPPED = 10  # meta steps in a row without a finite hypergradient: the run has failed
 CHECKPOINT_EVERY = 20  # rounds of P PT steps
@@ -916,10 +914,17 @@ def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=lr, fused=sum(p.numel() for p in parameters) > 1_000_000 or None)
 
 
+def begun(optimizer: torch.optim.Adam) -> torch.optim.Adam:  # with its moments there, as they are in every checkpoint
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            step = torch.zeros((), device=p.device if group["fused"] else "cpu")
+            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
 class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, their optimisers, the place in the data
-    MODULES = ("network", "meta", "optimizer", "meta_optimizer")
-    VALUES = ("psi", "ft_state", "head_state", "average", "averaged", "recent", "skipped", "skipped_in_a_row",
-              "meta_steps", "number", "losses")  # fmt: skip
+    MODULES = ("network", "meta", "average", "optimizer", "meta_optimizer")
+    VALUES = ("psi", "ft_states", "recent", "skipped", "skipped_in_a_row", "meta_steps", "number", "losses")
 
     def __init__(self, domain: Domain):
         settings = self.settings = domain.settings
@@ -928,17 +933,19 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         # Of losses alone: what measures θ calls the network as it is.
         self.network.precision, self.network.compiled = settings.precision, settings.compile
         self.psi = {name: p.detach().clone() for name, p in self.head.named_parameters()}
-        self.optimizer, rates = adam(list(self.network.parameters()), settings.lr), domain.phi_rates(self.meta)
+        self.optimizer, rates = begun(adam(list(self.network.parameters()), settings.lr)), domain.phi_rates(self.meta)
         groups = [{"params": [p], "initial_lr": rates[name]} for name, p in self.meta.named_parameters()]
-        self.meta_optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))  # its rates are set in `meta_step`
+        self.meta_optimizer = begun(torch.optim.Adam(groups, betas=(0.9, 0.99)))  # its rates are set in `meta_step`
+        self.average = AveragedModel(self.meta, avg_fn=lambda mean, phi, n: mean + (phi - mean) / (n + 1))
         sizes = {**domain.sizes, "meta": domain.sizes["pretrain"], **domain.access}
         sizes["finetune"] = min(sizes["finetune"], domain.sizes["finetune"] - held_out(domain))
         batches = {"pretrain": settings.batch_size, "meta": settings.meta_batch_size,
                    "finetune": settings.unroll_batch_size, "validation": settings.validation_batch_size}  # fmt: skip
         self.streams = {name: Stream(sizes[name], batch, domain.device) for name, batch in batches.items()}
-        self.ft_state = {}  # of the FT optimiser, within the meta step
-        self.head_state = {}  # of the head's steps beside PT where it is another: in scope all, the former has θ's too
-        self.average, self.averaged = {}, 0  # of φ, over the end of the run
+        # Of the FT optimiser, by what it moves: the head beside PT; the unroll in the meta step goes on from its own.
+        moved = {"head": _point(psi=self.psi), "all": _point(theta=detached(self.network), psi=self.psi)}
+        zeros = {scope: torch.zeros_like(_flat(moved[scope])) for scope in {"head", settings.unroll_scope}}
+        self.ft_states = {scope: {"step": 0, "exp_avg": z, "exp_avg_sq": z} for scope, z in zeros.items()}
         self.recent: list[float] = []  # validation losses of the last meta steps: particles are compared by them
         self.skipped = self.skipped_in_a_row = self.meta_steps = 0
         self.losses = dict.fromkeys(("pretrain_loss", "finetune_loss", "validation_loss", "residual"), math.nan)
@@ -973,10 +980,9 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
             head_value = loss(detached(self.network), psi)
         gradient = self.ranks.sum({"": head_value.detach(), **_grad(head_value, psi)})
         head_value = gradient.pop("")
-        which = "ft_state" if self.settings.unroll_scope == "head" else "head_state"
         with torch.no_grad():
-            self.psi, state = finetune_step(psi, gradient, self.settings.unroll, getattr(self, which))
-        setattr(self, which, state)
+            self.psi, state = finetune_step(psi, gradient, self.settings.unroll, self.ft_states["head"])
+        self.ft_states = self.ft_states | {"head": state}
         self.losses |= {"pretrain_loss": value, "finetune_loss": head_value}
 
     def validation_loss(self) -> Loss:  # L_V: a mean over validation examples, or over these and FT's
@@ -993,7 +999,8 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
             with ranks.own():
                 result = hypergradient(
                     *losses, detached(self.network), self.psi, detached(self.meta), unroll=settings.unroll,
-                    solver=settings.inverse, ft_state=self.ft_state, reduce=ranks.sum if ranks.size > 1 else None)  # fmt: skip
+                    solver=settings.inverse, ft_state=self.ft_states[settings.unroll_scope],
+                    reduce=ranks.sum if ranks.size > 1 else None)  # fmt: skip
             if result.residual >= 1 and not _finite(q=result.q)["q"]:
                 raise FloatingPointError("q = 0, the PT Hessian curves down along v: --damping may help")
         except FloatingPointError as error:
@@ -1001,7 +1008,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
             if self.skipped_in_a_row >= MANY_SKIPPED:
                 raise Failed(f"{MANY_SKIPPED} meta steps in a row without a finite hypergradient: {error}") from None
             return
-        self.psi, self.ft_state = result.psi, result.ft_state
+        self.psi, self.ft_states[settings.unroll_scope] = result.psi, result.ft_state
         for name, p in self.meta.named_parameters():
             p.grad = result.phi[name]
         for group in self.meta_optimizer.param_groups:
@@ -1009,19 +1016,14 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         self.meta_optimizer.step()
         domain.explore(self.meta, progress)
         if progress >= 1 - settings.average:
-            self.averaged += 1
-            for name, p in detached(self.meta).items():
-                before = self.average.get(name, torch.zeros_like(p))
-                self.average[name] = before + (p - before) / self.averaged
+            self.average.update_parameters(self.meta)
         self.skipped_in_a_row, self.meta_steps = 0, self.meta_steps + 1
         value = result.value.clone()  # which may be a view of much more
         self.losses |= {"validation_loss": value, "residual": result.residual}
         self.recent = [*self.recent[-9:], value]
 
     def learned(self) -> nn.Module:  # φ, or its average over the end of the run where that was asked for
-        meta = copy.deepcopy(self.meta)
-        meta.load_state_dict({**meta.state_dict(), **self.average})
-        return meta
+        return copy.deepcopy(self.average.module if self.average.n_averaged else self.meta)
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name).state_dict() for name in self.MODULES}
@@ -1034,42 +1036,9 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         for name in self.MODULES:
             getattr(self, name).load_state_dict(state[name])
         for name in self.VALUES:
-            value, device = state[name], self.domain.device
-            if isinstance(value, dict):
-                value = {k: each.to(device) if isinstance(each, Tensor) else each for k, each in value.items()}
-            setattr(self, name, value)
+            setattr(self, name, tree_map_only(Tensor, lambda t: t.to(self.domain.device), state[name]))
         for name, stream in self.streams.items():
             stream.place(*state["streams"][name])
-
-
-def finite(value) -> bool:
-    return type(value) is float and math.isfinite(value)
-
-
-def alike(expected: Tensor):  # predicates for `as_written`: a tensor of the same dtype and shape
-    return lambda t: isinstance(t, Tensor) and (t.dtype, t.shape) == (expected.dtype, expected.shape)
-
-
-def empty_or(expected: dict):
-    return lambda stored: type(stored) is dict and (not stored or as_written(stored, expected) is stored)
-
-
-def permutation(n: int):
-    numbers = torch.arange(n)
-    return lambda order: alike(numbers)(order) and torch.equal(order.sort()[0], numbers)
-
-
-def moments_written(state) -> bool:  # of `finetune_step`; it checks their number itself
-    vector = lambda t: isinstance(t, Tensor) and t.dim() == 1 and bool(t.isfinite().all())
-    return empty_or({"step": whole(), "exp_avg": vector, "exp_avg_sq": vector})(state)
-
-
-def adam_written(optimizer: torch.optim.Optimizer) -> dict:
-    groups = [group | {"lr": finite} for group in optimizer.state_dict()["param_groups"]]
-    parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
-    step = lambda t: isinstance(t, Tensor) and t.dim() == 0 and bool(t >= 0)
-    of = {i: {"step": step, "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(parameters)}
-    return {"param_groups": groups, "state": empty_or(of)}
 
 
 class Training:
@@ -1154,17 +1123,24 @@ class Training:
                         "cuda_random": torch.cuda.get_rng_state_all()}  # fmt: skip
 
     def written(self) -> dict:  # what `state_dict` can give, for `as_written`
+        finite = lambda value: type(value) is float and math.isfinite(value)
+        count = lambda t: isinstance(t, Tensor) and t.dim() == 0 and bool(t >= 0)
+        alike = lambda t, other: isinstance(t, Tensor) and (t.dtype, t.shape) == (other.dtype, other.shape)
+        permutation = lambda n: lambda t: alike(t, torch.arange(n)) and torch.equal(t.sort()[0], torch.arange(n))
         known = self.state_dict() | {"step": whole(0, self.settings.steps), "seconds": finite, "cuda_random": list}
         for learner, ours in zip(self.learners, known["learners"], strict=True):
-            for name in ("network", "meta"):  # a buffer may hold what is not finite, such as a mask
-                masks = [key for key, b in getattr(learner, name).named_buffers() if not b.isfinite().all()]
-                ours[name] |= {key: alike(ours[name][key]) for key in masks if key in ours[name]}
-            ours |= {name: adam_written(getattr(learner, name)) for name in ("optimizer", "meta_optimizer")}
-            ours |= dict.fromkeys(("ft_state", "head_state"), moments_written)
-            ours |= dict.fromkeys(("averaged", "skipped", "skipped_in_a_row", "meta_steps", "number"), whole())
+            for name in ("network", "meta", "average"):  # a buffer may hold what is not finite, such as a mask
+                masks = {key: b for key, b in getattr(learner, name).named_buffers() if not b.isfinite().all()}
+                ours[name] |= {key: functools.partial(alike, b) for key, b in masks.items() if key in ours[name]}
+            for name in ("optimizer", "meta_optimizer"):
+                states, groups = ours[name]["state"], ours[name]["param_groups"]
+                ours[name] = {"state": {i: state | {"step": count} for i, state in states.items()},
+                              "param_groups": [group | {"lr": finite} for group in groups]}  # fmt: skip
+            ours["average"]["n_averaged"] = count
+            ours |= dict.fromkeys(("skipped", "skipped_in_a_row", "meta_steps", "number"), whole())
             ours |= {"recent": lambda losses: type(losses) is list and all(map(finite, losses)) and len(losses) <= 10,
                      "losses": dict.fromkeys(learner.losses, float),
-                     "average": empty_or(dict(learner.meta.named_parameters())),
+                     "ft_states": {scope: state | {"step": whole()} for scope, state in ours["ft_states"].items()},
                      "streams": {n: [permutation(stream.n), whole(0, stream.n)]
                                  for n, stream in learner.streams.items()}}  # fmt: skip
         return known
@@ -1618,7 +1594,7 @@ try:
 except ImportError:  # on Windows nothing keeps two processes from one run
     fcntl = None
 
-FORMAT = "metapt 3"
+FORMAT = "metapt 4"
 LOCK = ".metapt.lock"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

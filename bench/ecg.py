@@ -340,7 +340,7 @@ def draws(
             result = metapt.hypergradient(
                 made.pretrain_loss(learner.network, learner.meta, at["meta"], 1.0, live=False),
                 *(made.finetune_loss(learner.network, learner.head, part, at[part]) for part in ("finetune", "validation")),
-                theta, learner.psi, phi, unroll=made.settings.unroll, solver=solver, ft_state=learner.ft_state,
+                theta, learner.psi, phi, unroll=made.settings.unroll, solver=solver, ft_state=learner.ft_states[made.settings.unroll_scope],
             )  # fmt: skip
             found[name].append(torch.cat([g.flatten() for g in result.phi.values()]))
             of_s[name].append(result.phi["warp.scale"].item())

@@ -223,7 +223,7 @@ def estimates(learner, progress: float, plan: dict, draw: int) -> dict[tuple, Te
     finetune = domain.finetune_loss(learner.network, learner.head, "finetune", of_head)
     stages = {"fitted": ([], heads.fitted, heads.fit(theta), {"unroll": Unroll(0)}),
               "trailing": (finetune, heads.trailing, learner.psi,
-                           {"unroll": settings.unroll, "ft_state": learner.ft_state})}  # fmt: skip
+                           {"unroll": settings.unroll, "ft_state": learner.ft_states[settings.unroll_scope]})}  # fmt: skip
     moments = {n: learner.optimizer.state[p] for n, p in learner.network.named_parameters()}
     roots = {n: (s["exp_avg_sq"] / (1 - 0.999 ** int(s["step"]))).sqrt() for n, s in moments.items()}
     solvers = {"identity": Solver("identity"), "identity, Adam": Solver("identity"),

@@ -49,7 +49,7 @@ def hypergradients(learner: metapt.Learner, batches: list[dict], solver: metapt.
             *(domain.finetune_loss(network, head, part, at[part]) for part in ("finetune", "validation")),
             metapt.detached(network), learner.psi, metapt.detached(learner.meta),
             unroll=dataclasses.replace(unroll, hvp=None if solver.hvp == "exact" else unroll.hvp), solver=solver,
-            ft_state=learner.ft_state,
+            ft_state=learner.ft_states[learner.settings.unroll_scope],
         )  # fmt: skip
         found += [g.flatten().double().cpu() for g in result.phi.values()]
     network.precision = "float32"

@@ -103,7 +103,7 @@ CHECKPOINT = [
         *((name, lambda it: it.to("meta")) for name in ("psi/weight", "streams/meta/0", "optimizer/state/0/step")),
         ("network", {}), ("network/head.bias", OTHER), ("network/head.bias", NONE), ("network/head.bias", lambda it: it / 0),
         ("network/encoder.1.num_batches_tracked", 3), ("network/more", OTHER), ("meta/weight", OTHER), ("meta/weight", NONE),
-        ("optimizer", []), ("optimizer", NONE), ("ft_state", None), ("average", [1]), ("averaged", -1), ("averaged", 1.0),
+        ("optimizer", []), ("optimizer", NONE), ("ft_states", None), ("average", [1]), ("average/n_averaged", torch.tensor(-1)), ("average/module.weight", OTHER),
         ("recent", None), ("skipped", "0"), ("meta_steps", -1), ("number", None), ("losses", {}), ("losses/residual", "x"),
         ("losses/more", 1.0), ("streams", {}), ("streams/meta/1", 99_999), ("streams/meta/1", -1), ("streams/meta/1", "0"),
         ("streams/pretrain/0", OTHER), ("streams/pretrain/0", lambda it: it.float()), ("streams/pretrain", lambda it: it[:1]),
@@ -111,7 +111,7 @@ CHECKPOINT = [
     *((f"learners/0/optimizer/{name}", value) for name, value in [
         ("param_groups/0/betas", NONE), ("param_groups/0/lr", NAN), ("param_groups/0/lr", "x"), ("state/0/exp_avg", torch.ones(3, 3)),
         ("state/0/step", torch.tensor(-5.0)), ("state/0/exp_avg_sq", lambda t: t * NAN), ("state/0/exp_avg", NONE)]),
-    ("learners/0/optimizer", {}), ("learners/0/meta_optimizer/param_groups/0/initial_lr", "x"), ("learners/0/ft_state", {"a": 1}),
+    ("learners/0/optimizer", {}), ("learners/0/meta_optimizer/param_groups/0/initial_lr", "x"), ("learners/0/ft_states/head", {"a": 1}), ("learners/0/ft_states/head/step", -1),
     ("learners/0/average", {"a": torch.ones(1)}), ("learners/0/recent", ["x"]), ("random", lambda t: t * 0 + 255),
     ("learners/0/streams/pretrain/0", lambda t: t * 0 + 1), ("learners/0/streams/pretrain/0", lambda t: t + 10**9),
 ]  # fmt: skip

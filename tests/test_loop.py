@@ -308,7 +308,7 @@ def test_the_meta_step_hands_everything_to_the_hypergradient_and_its_result_to_a
         calls.append((args, options, real(*args, **options))), calls[-1][-1])[1])  # fmt: skip
 
     def meta_step(progress):
-        theta, psi, moments = flat(learner.network), flat(learner.psi), learner.ft_state["step"]
+        theta, psi, moments = flat(learner.network), flat(learner.psi), learner.ft_states["head"]["step"]
         step(progress)
         (_, finetune, _, at, begun, _), options, result = calls[-1]
         assert (options["unroll"], options["solver"], len(finetune)) == (run.settings.unroll, run.settings.inverse, 2)
@@ -317,7 +317,7 @@ def test_the_meta_step_hands_everything_to_the_hypergradient_and_its_result_to_a
         )
         assert torch.equal(flat(learner.psi), flat(result.psi)) and not torch.equal(flat(result.psi), psi)
         assert options["ft_state"]["step"] == moments == 6 * len(calls) + 2  # 4 of warm-up, then 4 and 2 a round
-        assert learner.ft_state["step"] == moments + 2
+        assert learner.ft_states["head"]["step"] == moments + 2
         optimizer.param_groups[0]["lr"] = run.settings.meta_lr * 0.1**progress
         expected.weight.grad = result.phi["weight"]
         optimizer.step()
@@ -370,11 +370,11 @@ def test_the_validation_loss_may_be_over_all_labels(monkeypatch):
 
 
 def test_in_scope_all_the_head_beside_pretraining_keeps_moments_of_its_own():
-    for scope, which, other in (("head", "ft_state", "head_state"), ("all", "head_state", "ft_state")):
+    for scope, steps in (("head", {"head": 3}), ("all", {"head": 3, "all": 0})):
         learner = training(unroll_scope=scope).best
         for _ in range(3):
             learner.pretrain_step(0.0)
-        assert getattr(learner, which)["step"] == 3 and getattr(learner, other) == {}
+        assert {scope: state["step"] for scope, state in learner.ft_states.items()} == steps
 
 
 @pytest.mark.parametrize(("fails", "skipped", "made"), [
@@ -526,7 +526,7 @@ def test_a_checkpoint_goes_to_the_device_of_the_network():
     learner.network.to("meta")
     learner.domain.device = torch.device("meta")
     learner.load_state_dict(state)
-    for name in ("psi", "ft_state", "head_state", "average"):
+    for name in ("psi", "ft_states"):
         tensors = [t for t in leaves(getattr(learner, name)).values() if isinstance(t, torch.Tensor)]
         assert tensors and all(t.device.type == "meta" for t in tensors), name
 
