@@ -605,9 +605,8 @@ class Settings:
             value, kinds = getattr(self, f.name), get_args(f.type) or (f.type,)
             right = type(value) in kinds or (float in kinds and type(value) is int)
             self.require(right, f.name, " or ".join(kind.__name__ for kind in kinds))
-            # float32 ends at 3e38, and Adam multiplies a rate by ten.
-            fits = float not in kinds or abs(value or 0) <= 1e30
-            self.require(fits, f.name, "a finite number, at most 1e30 in size")
+            if float in kinds:  # float32 ends at 3e38, and Adam multiplies a rate by ten
+                self.require(abs(value or 0) <= 1e30, f.name, "a finite number, at most 1e30 in size")
             predicate, expected = f.metadata.get("check", ANYTHING)
             self.require(predicate(value), f.name, expected)
         coarse = self.precision == "float32" or (self.hvp_step or BF16_STEP) >= BF16_STEP
@@ -618,10 +617,9 @@ class Settings:
             _ = self.unroll, self.inverse  # which check their own fields
         except ValueError as error:
             raise BadInput(str(error)) from None
-        counts, shares = zip(*self.plan, strict=True)
-        rising = list(shares) == sorted(set(shares)) and shares[0] > 0 and shares[-1] == 1
-        falling = list(counts) == sorted(set(counts), reverse=True) and counts[-1] == 1
-        self.require(rising and falling, "particles", PARTICLES[1])
+        stages = itertools.pairwise([*self.plan, (0, math.inf)])
+        narrowing = all(many > fewer and 0 < share < later for (many, share), (fewer, later) in stages)
+        self.require(narrowing and self.plan[-1] == (1, 1.0), "particles", PARTICLES[1])
 
     def require(self, condition, name: str, expected: str) -> None:
         if not condition:
@@ -805,17 +803,6 @@ def detached(module: nn.Module) -> Params:
     return {name: p.detach() for name, p in module.named_parameters()}
 
 
-@torch.no_grad()
-def settle(network: nn.Module, inputs) -> None:
-    """BatchNorm's statistics from data at once: an encoder without PT is then a baseline, not an overflow."""
-    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.momentum = 1.0
-    network.train()(inputs)
-    for norm in norms:
-        norm.momentum = 0.1
-
-
 def whole(low: int = 0, high: int = 2**53):  # a predicate for `as_written`
     return lambda value: type(value) is int and low <= value <= high
 
@@ -882,8 +869,6 @@ from torch.utils._pytree import tree_map_only
 
 MANY_SKIPPED = 10  # meta steps in a row without a finite hypergradient: the run has failed
 CHECKPOINT_EVERY = 20  # rounds of P PT steps
-
-
 HELD_OUT, FOLDS = 1000, 5  # from so many FT examples a fifth of them is kept from learning φ
 
 
@@ -914,7 +899,7 @@ def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=lr, fused=sum(p.numel() for p in parameters) > 1_000_000 or None)
 
 
-def begun(optimizer: torch.optim.Adam) -> torch.optim.Adam:  # with its moments there, as they are in every checkpoint
+def with_moments(optimizer: torch.optim.Adam) -> torch.optim.Adam:  # from the start, as every checkpoint has them
     for group in optimizer.param_groups:
         for p in group["params"]:
             step = torch.zeros((), device=p.device if group["fused"] else "cpu")
@@ -933,9 +918,9 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         # Of losses alone: what measures θ calls the network as it is.
         self.network.precision, self.network.compiled = settings.precision, settings.compile
         self.psi = {name: p.detach().clone() for name, p in self.head.named_parameters()}
-        self.optimizer, rates = begun(adam(list(self.network.parameters()), settings.lr)), domain.phi_rates(self.meta)
+        self.optimizer, rates = with_moments(adam(list(self.network.parameters()), settings.lr)), domain.phi_rates(self.meta)
         groups = [{"params": [p], "initial_lr": rates[name]} for name, p in self.meta.named_parameters()]
-        self.meta_optimizer = begun(torch.optim.Adam(groups, betas=(0.9, 0.99)))  # its rates are set in `meta_step`
+        self.meta_optimizer = with_moments(torch.optim.Adam(groups, betas=(0.9, 0.99)))  # its rates are set in `meta_step`
         self.average = AveragedModel(self.meta, avg_fn=lambda mean, phi, n: mean + (phi - mean) / (n + 1))
         sizes = {**domain.sizes, "meta": domain.sizes["pretrain"], **domain.access}
         sizes["finetune"] = min(sizes["finetune"], domain.sizes["finetune"] - held_out(domain))
@@ -1152,10 +1137,8 @@ class Training:
         for learner, saved in zip(self.learners, state["learners"], strict=True):
             learner.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
-        try:
+        with refusing("random", RuntimeError, ValueError):
             torch.set_rng_state(state["random"].cpu())
-        except RuntimeError:
-            raise ValueError("random is no state of the generator") from None
         states, count = [random.cpu() for random in state["cuda_random"]], torch.cuda.device_count()
         torch.cuda.set_rng_state_all(states[:count] if self.domain.ranks.size == 1 else states[:1] * count)
 

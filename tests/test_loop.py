@@ -108,7 +108,7 @@ def test_what_a_domain_must_and_what_it_need_not_define():
     assert domain.loss(outputs, targets).item() == pytest.approx(np.log1p(np.exp([-1, -3, 1])).mean())
 
 
-def test_buffers_are_kept_unless_they_are_live_and_can_be_settled_at_once():
+def test_buffers_are_kept_unless_they_are_live():
     module, inputs = nn.Sequential(nn.BatchNorm1d(3)), torch.randn(8, 3) + 5
     params, before = dict(module.named_parameters()), module[0].running_mean.clone()
     trained = metapt.call(module, params, inputs, train=True)
@@ -118,10 +118,6 @@ def test_buffers_are_kept_unless_they_are_live_and_can_be_settled_at_once():
     torch.testing.assert_close(doubled, 2 * inputs / math.sqrt(1 + module[0].eps))
     metapt.call(module, params, inputs, train=True, live=True)
     assert not torch.equal(module[0].running_mean, before)
-    metapt.settle(module, inputs)
-    torch.testing.assert_close(module[0].running_mean, inputs.mean(0))
-    torch.testing.assert_close(module[0].running_var, inputs.var(0))
-    assert module[0].momentum == 0.1
 
 
 class Hostile:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 import metapt
@@ -362,7 +363,8 @@ class ECG(metapt.Domain):
         features = 8 * self.settings.width
         head = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, features // 2))
         network = metapt.Network(ResNet18(len(self.records.leads), self.settings.width), head).to(self.device)
-        metapt.settle(network, self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)))
+        # BatchNorm's statistics from data at once: an encoder without PT is then a baseline, not an overflow.
+        update_bn([(self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)),)], network)
         return network
 
     def head(self):

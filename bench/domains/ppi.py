@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 import metapt
 
@@ -290,7 +291,8 @@ class PPI(metapt.Domain):
         network = metapt.Network(encoder, nn.Linear(2 * self.settings.width, self.outputs)).to(self.device)
         if self.settings.base_rates:
             network.head.bias.data = self.rates.logit()
-        metapt.settle(network, self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)))
+        # BatchNorm's statistics from data at once: an encoder without PT is then a baseline, not an overflow.
+        update_bn([(self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)),)], network)
         return network
 
     def head(self):
@@ -449,7 +451,7 @@ class BGRL(PPI):
         encoder = GIN(width, layers, dropout, nn.BatchNorm1d(width))  # as BGRL's end
         predictor = nn.Sequential(nn.Linear(width, 8 * width), nn.PReLU(), nn.Linear(8 * width, width))
         network = Bootstrapped(encoder, predictor).to(self.device)
-        metapt.settle(network, self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)))
+        update_bn([(self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)),)], network)
         return network
 
     def meta(self):
