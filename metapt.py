@@ -1086,12 +1086,12 @@ class Training:
         return self
 
     def compare_ranks(self) -> None:  # Failed: what all ranks should have alike they have not
-        state = {"the random state": [torch.get_rng_state()]}
+        state = {"the random state": torch.get_rng_state()}
         for learner in self.learners:
             named = {"θ": learner.network.state_dict(), "ψ": learner.psi, "φ": learner.meta.state_dict()}
-            state |= {f"{name} ({learner.number})": list(tensors.values()) for name, tensors in named.items()}
-        numbers = lambda tensors: b"".join(t.reshape(-1).view(torch.uint8).cpu().numpy() for t in tensors)
-        sums = self.domain.ranks.objects({name: hashlib.sha256(numbers(of)).digest() for name, of in state.items()})
+            state |= {f"{name} ({learner.number})": _flat(tensors) for name, tensors in named.items()}
+        digest = lambda t: hashlib.sha256(t.view(torch.uint8).cpu().numpy()).digest()
+        sums = self.domain.ranks.objects({name: digest(vector) for name, vector in state.items()})
         for rank, name in itertools.product(range(1, len(sums)), state):
             if sums[rank][name] != sums[0][name]:
                 raise Failed(f"at PT step {self.step} {name} of rank {rank} is not that of rank 0")
@@ -1769,9 +1769,8 @@ METHODS = {"no_pretraining": "no pre-training", "default_phi": "pre-training, de
 
 
 def show_table(console, title: str, columns: list[str], rows: list[list[str]]) -> None:
-    table = rich.table.Table(title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+    shown = [rich.table.Column(name, justify="right" if i else "left") for i, name in enumerate(columns)]
+    table = rich.table.Table(*shown, title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -1998,10 +1997,9 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(f"--device {name}: there is no such GPU here")
-    if device.type == "cuda" and Ranks().size > 1:
-        few = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
-        if few or device.index is not None:
-            raise BadInput(f"--device {name}: each rank needs a GPU of its own, and takes it by itself")
+    crowded = device.index is not None or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count()
+    if device.type == "cuda" and Ranks().size > 1 and crowded:
+        raise BadInput(f"--device {name}: each rank needs a GPU of its own, and takes it by itself")
     return device
 
 
@@ -2327,14 +2325,13 @@ def command_line(words: list[str]):
 
 def misplaced(option: str, words: list[str]) -> str:  # where an option that a command lacks belongs
     name, command = option.lstrip("-").replace("-", "_"), words[0]
+    if field := Settings.__dataclass_fields__.get(name):
+        return f"{option} belongs to {'meta' if field.metadata['learning'] else 'meta and pretrain'}, not to {command}"
     owners = [other for other, (_, names) in COMMANDS.items() if name in names.split()]
-    learning = {f.name: f.metadata["learning"] for f in dataclasses.fields(Settings)}
     for domain in DOMAINS:
-        with contextlib.suppress(BadInput):
-            owners += [domain] if name in {f.name for f in dataclasses.fields(find_domain(domain).Settings)} else []
-    if name in learning:
-        owners = ["meta"] if learning[name] else ["meta and pretrain"]
-    if command == "meta" and owners:
+        with contextlib.suppress(BadInput):  # its file may be missing
+            owners += [domain] * (name in find_domain(domain).Settings.__dataclass_fields__)
+    if command == "meta":
         command += f" {words[1] if len(words) > 1 and words[1][0] != '-' else next(iter(DOMAINS))}"
     return f"{option} belongs to {', '.join(owners)}, not to {command}" if owners else f"no such option: {option}"
 
@@ -2368,8 +2365,8 @@ def main() -> None:
             raise KeyboardInterrupt
     except (BadInput, typer.BadParameter.__mro__[1]) as error:  # the latter: any error of usage
         status, message = 2, error.format_message() if hasattr(error, "format_message") else str(error)
-        if option := getattr(error, "option_name", "") if message.startswith("No such option") else "":
-            message = misplaced(option, sys.argv[1:])
+        if message.startswith("No such option"):
+            message = misplaced(error.option_name, sys.argv[1:])
     except OSError as error:  # a file in a folder's place, a disk that is full
         status, message = 1 if error.errno in (*FULL, errno.EPIPE, errno.EIO, errno.ENOMEM) else 2, str(error)
     except (Failed, KeyboardInterrupt, typer.Abort,
