@@ -918,9 +918,10 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         # Of losses alone: what measures θ calls the network as it is.
         self.network.precision, self.network.compiled = settings.precision, settings.compile
         self.psi = {name: p.detach().clone() for name, p in self.head.named_parameters()}
-        self.optimizer, rates = with_moments(adam(list(self.network.parameters()), settings.lr)), domain.phi_rates(self.meta)
+        self.optimizer = with_moments(adam(list(self.network.parameters()), settings.lr))
+        rates = domain.phi_rates(self.meta)  # at first: `meta_step` lowers them
         groups = [{"params": [p], "initial_lr": rates[name]} for name, p in self.meta.named_parameters()]
-        self.meta_optimizer = with_moments(torch.optim.Adam(groups, betas=(0.9, 0.99)))  # its rates are set in `meta_step`
+        self.meta_optimizer = with_moments(torch.optim.Adam(groups, betas=(0.9, 0.99)))
         self.average = AveragedModel(self.meta, avg_fn=lambda mean, phi, n: mean + (phi - mean) / (n + 1))
         sizes = {**domain.sizes, "meta": domain.sizes["pretrain"], **domain.access}
         sizes["finetune"] = min(sizes["finetune"], domain.sizes["finetune"] - held_out(domain))
@@ -929,7 +930,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         self.streams = {name: Stream(sizes[name], batch, domain.device) for name, batch in batches.items()}
         # Of the FT optimiser, by what it moves: the head beside PT; the unroll in the meta step goes on from its own.
         moved = {"head": _point(psi=self.psi), "all": _point(theta=detached(self.network), psi=self.psi)}
-        zeros = {scope: torch.zeros_like(_flat(moved[scope])) for scope in {"head", settings.unroll_scope}}
+        zeros = {scope: torch.zeros_like(_flat(moved[scope])) for scope in dict.fromkeys(("head", settings.unroll_scope))}
         self.ft_states = {scope: {"step": 0, "exp_avg": z, "exp_avg_sq": z} for scope, z in zeros.items()}
         self.recent: list[float] = []  # validation losses of the last meta steps: particles are compared by them
         self.skipped = self.skipped_in_a_row = self.meta_steps = 0
@@ -1997,7 +1998,7 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(f"--device {name}: there is no such GPU here")
-    crowded = device.index is not None or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count()
+    crowded = device.index is not None or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()
     if device.type == "cuda" and Ranks().size > 1 and crowded:
         raise BadInput(f"--device {name}: each rank needs a GPU of its own, and takes it by itself")
     return device
