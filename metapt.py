@@ -929,8 +929,10 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
                    "finetune": settings.unroll_batch_size, "validation": settings.validation_batch_size}  # fmt: skip
         self.streams = {name: Stream(sizes[name], batch, domain.device) for name, batch in batches.items()}
         # Of the FT optimiser, by what it moves: the head beside PT; the unroll in the meta step goes on from its own.
-        moved = {"head": _point(psi=self.psi), "all": _point(theta=detached(self.network), psi=self.psi)}
-        zeros = {scope: torch.zeros_like(_flat(moved[scope])) for scope in dict.fromkeys(("head", settings.unroll_scope))}
+        moved = {"head": _point(psi=self.psi)}
+        if settings.unroll_scope == "all":
+            moved["all"] = _point(theta=detached(self.network), psi=self.psi)
+        zeros = {scope: torch.zeros_like(_flat(params)) for scope, params in moved.items()}
         self.ft_states = {scope: {"step": 0, "exp_avg": z, "exp_avg_sq": z} for scope, z in zeros.items()}
         self.recent: list[float] = []  # validation losses of the last meta steps: particles are compared by them
         self.skipped = self.skipped_in_a_row = self.meta_steps = 0
