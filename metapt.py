@@ -672,9 +672,8 @@ def call(module: nn.Module, params: Params, *inputs, train: bool = False, live: 
     module.train(train)
     buffers = {name: b if live else b.clone() for name, b in module.named_buffers()}
     lower = getattr(module, "precision", "float32") == "bf16"
-    device = next(iter(params.values())).device.type
     run = compiled_call() if getattr(module, "compiled", False) else torch.func.functional_call
-    with torch.autocast(device, torch.bfloat16) if lower else contextlib.nullcontext():
+    with torch.autocast(next(iter(params.values())).device.type, torch.bfloat16, enabled=lower):
         found = run(module, {**params, **buffers}, inputs, options)
     return found.float() if lower and isinstance(found, Tensor) else found
 
@@ -883,7 +882,8 @@ class Stream:  # indices of mini-batches: a new permutation each epoch, without 
         self.place(torch.randperm(n), 0)
 
     def place(self, order: Tensor, position: int) -> None:  # a whole epoch is sent at once, and none waits for it
-        self.order, self.position, self.there = order, position, order.to(self.device, non_blocking=True)
+        pinned = order.pin_memory() if self.device.type == "cuda" else order  # from other memory CUDA's copy waits
+        self.order, self.position, self.there = order, position, pinned.to(self.device, non_blocking=True)
 
     def next(self) -> Tensor:
         if self.position + self.batch > self.n:
@@ -2374,7 +2374,7 @@ def main() -> None:
         status, message = 1 if error.errno in (*FULL, errno.EPIPE, errno.EIO, errno.ENOMEM) else 2, str(error)
     except (Failed, KeyboardInterrupt, typer.Abort,
             getattr(sys.modules.get("torch._dynamo.exc"), "BackendCompilerFailed", Failed)) as error:  # fmt: skip
-        status, message = 1, str(error) or "stopped"
+        status, message = 1, str(getattr(error, "inner_exception", error)).partition("\n")[0] or "stopped"
     except Exception as error:
         status, message = 1, ""
         if re.search("MemoryError|(not enough|allocate|out of) memory|bad_alloc", repr(error)):  # torch's words for it
