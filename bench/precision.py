@@ -8,6 +8,7 @@ are compared. A cosine is of the hypergradients of all draws in one vector: φ o
 """
 
 import dataclasses
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -25,9 +26,9 @@ RESULTS = Path(__file__).parent / "results"
 DATA = Annotated[Path, typer.Option(help="Where prepared data lie")]
 DEVICE = Annotated[str, typer.Option(help="cpu or cuda")]
 STEPS = (0.01, 0.03, 0.1, 0.3, 1.0)
-# PT steps before, and settings; each domain has the solver of its preset, and q = v.
+# PT steps before, and settings.
 CASES = {
-    "digits-rotation": (200, {}), "ecg": (40, {"augment": "both", "batch_size": 64, "meta_batch_size": 64}), "ppi": (200, {}),
+    "digits-rotation": (200, {}), "digits-noise": (200, {}), "ecg": (40, {"augment": "both", "batch_size": 64, "meta_batch_size": 64}), "ppi": (200, {}),
 }  # fmt: skip
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = rich.console.Console(width=140)
@@ -56,22 +57,23 @@ def hypergradients(learner: metapt.Learner, batches: list[dict], solver: metapt.
     return torch.cat(found)
 
 
-def cosines(name: str, data: Path, device: str = "cpu", draws: int = 10, steps=STEPS) -> list[dict]:
-    """A row for each solver and step (None: exact products)."""
+def cosines(name: str, method: str, data: Path, device: str = "cpu", draws: int = 10, steps=STEPS) -> list[dict]:
+    """A row for each step (None: exact products). A solver other than the preset's has 3 terms and damping 1."""
     before, given = CASES[name]
     learner = metapt.Training(make(name, data, device, steps=before, **given), learn=False).run().best
     batches = [{part: stream.next() for part, stream in learner.streams.items()} for _ in range(draws)]
-    preset, rows = learner.domain.settings.inverse, []
-    for solver in {"identity": dataclasses.replace(preset, method="identity"), preset.method: preset}.values():
-        exact = hypergradients(learner, batches, dataclasses.replace(solver, hvp="exact"), "float32")
-        for step in (None, *steps):
-            way = dataclasses.replace(solver, hvp="finite" if step else "exact", step=step)
-            plain, lower = (hypergradients(learner, batches, way, precision) for precision in ("float32", "bf16"))
-            rows.append({"domain": name, "solver": solver.method, "step": step, "draws": draws,
-                         "bf16_to_float32": cosine(lower, plain), "bf16_to_exact": cosine(lower, exact),
-                         "float32_to_exact": cosine(plain, exact), "size": (lower.norm() / plain.norm()).item()})  # fmt: skip
-            of = {key: f"{value:.3f}" for key, value in rows[-1].items() if isinstance(value, float) and key != "step"}
-            console.print(name, solver.method, "exact" if step is None else f"step {step:g}", of)
+    solver, rows = learner.domain.settings.inverse, []
+    if method != solver.method:
+        solver = dataclasses.replace(solver, method=method, terms=3, damping=1.0)
+    exact = hypergradients(learner, batches, dataclasses.replace(solver, hvp="exact"), "float32")
+    for step in (None, *steps):
+        way = dataclasses.replace(solver, hvp="finite" if step else "exact", step=step)
+        plain, lower = (hypergradients(learner, batches, way, precision) for precision in ("float32", "bf16"))
+        rows.append({"domain": name, "solver": method, "step": step, "draws": draws,
+                     "bf16_to_float32": cosine(lower, plain), "bf16_to_exact": cosine(lower, exact),
+                     "float32_to_exact": cosine(plain, exact), "size": (lower.norm() / plain.norm()).item()})  # fmt: skip
+        of = {key: f"{value:.3f}" for key, value in rows[-1].items() if isinstance(value, float) and key != "step"}
+        console.print(name, method, "exact" if step is None else f"step {step:g}", of)
     return rows
 
 
@@ -83,6 +85,8 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 def run(
     context: typer.Context,
     domains: Annotated[str, typer.Option(help="With commas between")] = ",".join(CASES),
+    solvers: Annotated[str, typer.Option(help="With commas between")] = "identity,cg",
+    steps: Annotated[str, typer.Option(help="Of finite products, with commas between")] = ",".join(map(str, STEPS)),
     draws: Annotated[int, typer.Option(help="Draws of batches and random numbers")] = 10,
     device: DEVICE = "cpu",
     data: DATA = Path("data"),
@@ -91,8 +95,9 @@ def run(
         return
     path = RESULTS / "precision.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    for name in domains.split(","):  # others keep their rows
-        rows = [row for row in rows if row["domain"] != name] + cosines(name, data, device, draws)
+    for name, method in itertools.product(domains.split(","), solvers.split(",")):  # others keep their rows
+        rows = [row for row in rows if (row["domain"], row["solver"]) != (name, method)]
+        rows += cosines(name, method, data, device, draws, tuple(map(float, steps.split(","))))
         metapt.save_json(path, {"torch": torch.__version__, "device": device, "rows": rows})
 
 
