@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import statistics
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -68,7 +69,8 @@ def cosines(name: str, method: str, data: Path, device: str = "cpu", draws: int 
     exact = hypergradients(learner, batches, dataclasses.replace(solver, hvp="exact"), "float32")
     for step in (None, *steps):
         way = dataclasses.replace(solver, hvp="finite" if step else "exact", step=step)
-        plain, lower = (hypergradients(learner, batches, way, precision) for precision in ("float32", "bf16"))
+        plain = hypergradients(learner, batches, way, "float32") if step else exact
+        lower = hypergradients(learner, batches, way, "bf16")
         rows.append({"domain": name, "solver": method, "step": step, "draws": draws,
                      "bf16_to_float32": cosine(lower, plain), "bf16_to_exact": cosine(lower, exact),
                      "float32_to_exact": cosine(plain, exact), "size": (lower.norm() / plain.norm()).item()})  # fmt: skip
@@ -108,7 +110,10 @@ def compiled(
     device: DEVICE = "cpu",
     data: DATA = Path("data"),
 ):
-    """Seconds (median) of a PT and a meta step (q = v, finite), with torch.compile and without, in turn in one run."""
+    """Seconds (median) of a PT and a meta step (q = v, finite), with torch.compile and without, in turn in one run; and of the
+    first PT and meta step, which compile."""
+    from torch._inductor.utils import fresh_cache  # which takes seconds to import
+
     given, works = {"hvp": "finite", "solver": "identity", "damping": 0.0, "warmup": 0}, {}
     for way in (False, True):
         made = make(domain, data, device, compile=way, **given)
@@ -116,8 +121,15 @@ def compiled(
         made.begin_episode(learner.meta)
         works["pt_step", way] = lambda learner=learner: learner.pretrain_step(0.5)
         works["meta_step", way] = lambda learner=learner: learner.meta_step(0.5)
+    begun = time.perf_counter()
+    with fresh_cache():  # as if nothing had been compiled here before
+        for step in ("pt_step", "meta_step"):
+            works[step, True]()
+    first = time.perf_counter() - begun
     taken = {key: statistics.median(each) for key, each in counting.in_turn(works, repeats, made.device).items()}
-    row = {"domain": domain, "torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
+    row = {"domain": domain, "torch": torch.__version__, "threads": torch.get_num_threads(), "device": device,
+           "repeats": repeats, "settings": dataclasses.asdict(made.settings) | {"compile": None},
+           "first_steps_compiled_seconds": first}  # fmt: skip
     for step in ("pt_step", "meta_step"):
         plain, fast = taken[step, False], taken[step, True]
         row |= {f"{step}_seconds": plain, f"{step}_compiled_seconds": fast, f"{step}_gain": plain / fast}
