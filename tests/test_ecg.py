@@ -366,6 +366,16 @@ def test_the_target_follows_the_online_network_a_step_behind_and_is_no_part_of_t
     assert all(torch.equal(b, before[name]) for name, b in network.named_buffers())
 
 
+def test_the_target_runs_as_the_online_network_does(home, monkeypatch):
+    """In lower precision, and compiled: two views in both networks; then the head beside PT."""
+    learner, dtypes, compiled = metapt.Learner(make(home, ecg.BYOL, precision="bf16", compile=True)), [], []
+    learner.network.encoder.stem[0].register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    run = lambda *call: compiled.append(call[0]) or torch.func.functional_call(*call)
+    monkeypatch.setattr(metapt, "compiled_call", lambda: run)
+    learner.pretrain_step(1.0)
+    assert dtypes == [torch.bfloat16] * 5 and compiled == [learner.network] * 5
+
+
 # Gradients, and what a meta step costs
 
 
@@ -424,7 +434,8 @@ def test_with_the_target_held_the_hypergradient_is_that_of_the_pipeline(home):
     encoder = torch.nn.Sequential(torch.nn.AvgPool1d(50), torch.nn.Flatten(), torch.nn.Linear(240, 8), torch.nn.Tanh())
     predictor = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
     torch.nn.init.normal_(predictor[2].weight)  # no prediction is near 0
-    network = ecg.Bootstrapped(encoder, torch.nn.Linear(8, 4), predictor).double()
+    network = ecg.Projecting(encoder, torch.nn.Sequential(torch.nn.Linear(8, 4), predictor)).double()
+    network.target = torch.nn.Buffer(torch.nn.utils.parameters_to_vector(network.followed().values()).detach())
     head, meta = domain.head().double(), domain.meta().double()
     network.target.add_(0.1 * torch.randn_like(network.target))
     data = {part: (domain.inputs(part, torch.arange(8)).double(), domain.targets(part, torch.arange(8)).double())

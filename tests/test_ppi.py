@@ -425,7 +425,7 @@ def test_a_view_drops_the_shares_that_it_should(home):
     made = make(home, ppi.BGRL, layers=3, width=4)
     network, _, meta = modules(made)
     meta.edges.data[0], meta.features.data[0] = -50.0, -50.0  # nothing is dropped
-    batch = made.inputs("pretrain", GRAPHS[:20])
+    batch = made.inputs("pretrain", GRAPHS[:20])._replace(by_node=True)
     whole, dropped = meta(batch)
     torch.testing.assert_close(network.eval()(whole), network(batch))
     assert not torch.allclose(network(dropped), network(batch), rtol=0.1)
@@ -466,6 +466,17 @@ def test_the_target_follows_the_encoder_a_step_behind_and_is_no_part_of_theta(ho
     before = {name: b.clone() for name, b in network.named_buffers()}
     learner.meta_step(1.0)
     assert all(torch.equal(b, before[name]) for name, b in network.named_buffers())
+
+
+def test_the_target_runs_as_the_online_network_does(home, monkeypatch):
+    """In lower precision, and compiled: two views in both networks; then the head beside PT."""
+    learner = metapt.Learner(make(home, ppi.BGRL, precision="bf16", compile=True, hvp="finite"))
+    dtypes, compiled = [], []
+    learner.network.encoder.layers[0].register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    run = lambda *call: compiled.append(call[0]) or torch.func.functional_call(*call)
+    monkeypatch.setattr(metapt, "compiled_call", lambda: run)
+    learner.pretrain_step(1.0)
+    assert dtypes == [torch.bfloat16] * 5 and compiled == [learner.network] * 5
 
 
 def test_bgrl_reads_no_labels_in_pretraining_and_has_no_options_of_labels(home, monkeypatch):

@@ -439,27 +439,14 @@ class ECG(metapt.Domain):
 # BYOL
 
 
-class Bootstrapped(metapt.Network):
-    """θ is the online network: encoder, projector, predictor. The target is a moving average of encoder and projector, in a
-    buffer: so it is in checkpoints, and no part of θ.
-    """
+class Projecting(metapt.Network):
+    """Encoder, and a head of projector and predictor; `projected`: without the predictor, as the target is."""
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module):
-        super().__init__(encoder, nn.Sequential(projector, predictor))
-        self.target = nn.Buffer(nn.utils.parameters_to_vector(self.followed.parameters()).detach())
+    def forward(self, signals: Tensor, features: bool = False, projected: bool = False) -> Tensor:
+        return self.head[0](self.encoder(signals)) if projected else super().forward(signals, features=features)
 
-    followed = property(lambda self: nn.Sequential(self.encoder, self.head[0]))
-
-    @torch.no_grad()
-    def follow(self, share: float) -> None:
-        """Moves the target by a share of its way to the online network."""
-        self.target.lerp_(nn.utils.parameters_to_vector(self.followed.parameters()), share)
-
-    def aims(self, signals: Tensor) -> Tensor:
-        """Projections [n, d] of the target, which has a batch's own statistics, as the online network has."""
-        online = dict(self.followed.named_parameters())
-        parts = zip(online.items(), self.target.split([p.numel() for p in online.values()]), strict=True)
-        return metapt.call(self.followed, {name: part.view_as(p) for (name, p), part in parts}, signals, train=True)
+    def followed(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.named_parameters() if not name.startswith("head.1.")}
 
 
 def perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -476,10 +463,11 @@ class BYOLSettings(ECGSettings, steps=100, warmup=30, lr=1e-3, augment="both"):
 
 
 class BYOL(ECG):
-    """The online network predicts from one view what the target makes of the other (Grill et al., equation 2).
+    """The online network θ predicts from one view what the target makes of the other (Grill et al., equation 2).
 
-    The stop-gradient is θ's alone: the target is a constant of L_PT and of its hypergradient, which so ignores that it
-    will follow θ, but φ moves the views that both networks see.
+    The target is a moving average of encoder and projector, in a buffer: so it is in checkpoints, and no part of θ. The
+    stop-gradient is θ's alone: the target is a constant of L_PT and of its hypergradient, which so ignores that it will
+    follow θ, but φ moves the views that both networks see.
     """
 
     divisible = False  # BatchNorm in the head needs two rows, and its statistics are the batch's
@@ -487,20 +475,24 @@ class BYOL(ECG):
     presets: ClassVar = {}
 
     def network(self):
-        network, features = super().network(), 8 * self.settings.width
+        encoder, features = super().network().encoder, 8 * self.settings.width
         projector = perceptron(features, 2 * features, features // 2)
         predictor = perceptron(features // 2, 2 * features, features // 2)
-        return Bootstrapped(network.encoder, projector, predictor).to(self.device)
+        network = Projecting(encoder, nn.Sequential(projector, predictor)).to(self.device)
+        network.target = nn.Buffer(nn.utils.parameters_to_vector(network.followed().values()).detach())
+        return network
 
     def pretrain_loss(self, network, meta, index, progress, live):
-        signals = self.inputs("pretrain", index)
+        signals, online = self.inputs("pretrain", index), network.followed()
         if live:  # a PT step begins: the target follows the step before it
-            network.follow(1 - self.settings.momentum)
+            network.target.lerp_(nn.utils.parameters_to_vector(online.values()).detach(), 1 - self.settings.momentum)
+        parts = network.target.split([p.numel() for p in online.values()])
+        target = {name: part.view_as(p) for part, (name, p) in zip(parts, online.items(), strict=True)}
 
-        def loss(theta, phi):
+        def loss(theta, phi):  # each view with its own BatchNorm statistics, in the target too
             views = self.views(meta, phi, signals)
             a, b = (metapt.call(network, theta, view, train=True, live=live) for view in views)
-            x, y = map(network.aims, views)
+            x, y = (metapt.call(network, target, view, train=True, projected=True) for view in views)
             return 4 - 2 * (F.cosine_similarity(a, y) + F.cosine_similarity(b, x)).mean()
 
         return loss

@@ -36,6 +36,7 @@ class GraphBatch(NamedTuple):
     centre: Tensor  # [graphs]: the node that a graph is the neighbourhood of
     size: Tensor  # [graphs]: number of nodes
     kept: tuple[Tensor, Tensor] | None = None  # [edges]: how much of an edge is there, and where it goes to; None: all
+    by_node: bool = False  # the encoder is asked about each node, and not about each graph
 
 
 class Graphs:
@@ -154,13 +155,13 @@ class GINLayer(nn.Module):
         if batch.kept is None:
             return NeighbourSum.apply(x, batch.source, batch.start)
         kept, to = batch.kept
-        return torch.zeros_like(x).index_add(0, to, kept[:, None] * x.index_select(0, batch.source))
+        return torch.zeros_like(x).index_add(0, to, kept[:, None].to(x.dtype) * x.index_select(0, batch.source))
 
 
 class GIN(nn.Module):
     """The graph isomorphism network of Hu et al., for graphs with edge features and no node features.
 
-    A batch of graphs to [graphs, 2 width]: the mean over nodes, and the centre; or `nodes` [nodes, width].
+    A batch of graphs to [graphs, 2 width]: the mean over nodes, and the centre; `by_node` to [nodes, width].
     """
 
     def __init__(self, width: int, layers: int, dropout: float, last: nn.Module | None = None):
@@ -169,13 +170,13 @@ class GIN(nn.Module):
         self.layers = nn.ModuleList(GINLayer(width) for _ in range(layers))
         self.dropout, self.last = dropout, last or nn.Identity()
 
-    def forward(self, batch: GraphBatch, nodes: bool = False) -> Tensor:
+    def forward(self, batch: GraphBatch) -> Tensor:
         x, sums = self.embedding, batch.sums.to(self.embedding.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, batch, sums)
             x = F.dropout(x.relu() if i + 1 < len(self.layers) else x, self.dropout, self.training)
         x = self.last(x)
-        if nodes:
+        if batch.by_node:
             return x
         total = x.new_zeros(len(batch.size), x.shape[1]).index_add(0, batch.graph, x)
         return torch.cat([total / batch.size[:, None], x[batch.centre]], 1)
@@ -367,37 +368,12 @@ class PPI(metapt.Domain):
 # BGRL
 
 
-class Bootstrapped(metapt.Network):
-    """θ is the online network: an encoder, and a predictor for each node. The target is a moving average of the encoder, in a
-    buffer: so it is in checkpoints, and no part of θ.
-    """
-
-    def __init__(self, encoder: GIN, predictor: nn.Module):
-        super().__init__(encoder, predictor)
-        self.target = nn.Buffer(nn.utils.parameters_to_vector(encoder.parameters()).detach())
-
-    def forward(self, batch: GraphBatch, features: bool = False) -> Tensor:
-        return self.encoder(batch) if features else self.head(self.encoder(batch, nodes=True))
-
-    @torch.no_grad()
-    def follow(self, share: float) -> None:
-        """Moves the target by a share of its way to the encoder."""
-        self.target.lerp_(nn.utils.parameters_to_vector(self.encoder.parameters()), share)
-
-    def aims(self, batch: GraphBatch) -> Tensor:
-        """The target's nodes [nodes, width], with a batch's own statistics, as the online network has them."""
-        online = dict(self.encoder.named_parameters())
-        parts = zip(online.items(), self.target.split([p.numel() for p in online.values()]), strict=True)
-        theirs = {name: part.view_as(p) for (name, p), part in parts}
-        return metapt.call(self.encoder, theirs, batch, train=True, nodes=True)
-
-
 class Drops(nn.Module):
     """φ = the shares of edges and of edge features that each of two views drops, as logits [2].
 
-    A number between 0 and 1 that has a gradient says how much is kept: (σ⁻¹(1 − share) + σ⁻¹(u)) / 0.5 through σ, u uniform,
-    is below one half for that share of all draws (the concrete distribution: Maddison et al., ICLR 2017).
-    """
+    How much is kept of a directed edge, or of a feature in a graph, is (σ⁻¹(1 − share) + σ⁻¹(u)) / 0.5 through σ, u uniform:
+    below one half for that share of all draws (the concrete distribution: Maddison et al., ICLR 2017). What a node's edges
+    sum up to shrinks as their number does: the features of single edges are not there to be left out. Self-loops stay."""
 
     def __init__(self, edges: tuple[float, float], features: tuple[float, float]):
         super().__init__()
@@ -409,9 +385,6 @@ class Drops(nn.Module):
         return ((u.logit(1e-6) - logit) / 0.5).sigmoid()
 
     def forward(self, batch: GraphBatch) -> list[GraphBatch]:
-        """Each directed edge is drawn by itself, features graph by graph. What a node's edges sum up to shrinks as their number
-        does: the features of single edges are not there to be left out. Self-loops stay.
-        """
         loop = F.one_hot(torch.tensor([7, 9]), 10).sum(0).to(batch.sums)
         sums, views = batch.sums - loop, []
         to = torch.arange(len(sums), device=sums.device).repeat_interleave(sums[:, 9].long())
@@ -419,7 +392,7 @@ class Drops(nn.Module):
             kept = self.keep(edge, len(to))
             share = sums.new_zeros(len(sums), dtype=kept.dtype).index_add(0, to, kept) / sums[:, 9].clamp(min=1)
             features = F.pad(self.keep(feature, len(batch.size), 9), (0, 1), value=1.0)[batch.graph]
-            views.append(batch._replace(sums=sums * share[:, None] * features + loop, kept=(kept, to)))
+            views.append(batch._replace(sums=sums * share[:, None] * features + loop, kept=(kept, to), by_node=True))
         return views
 
 
@@ -435,50 +408,46 @@ class BGRLSettings(
 
 
 class BGRL(PPI):
-    """The online network predicts from a node of one view what the target makes of it in the other. Labels of PT are not read.
+    """θ, the online network, predicts from a node of one view what the target makes of it in the other, without labels of PT.
 
-    The stop-gradient is θ's alone: the target is a constant of L_PT and of its hypergradient, which so ignores that it
-    will follow θ, but φ moves the views that both networks see.
-    """
+    The target is a moving average of the encoder, in a buffer: in checkpoints, and no part of θ. It is a constant of L_PT and
+    of its hypergradient, which so ignores that it will follow θ, but φ moves the views that both networks see."""
 
-    Settings = BGRLSettings
-    divisible = False  # L_PT is a mean over nodes
+    Settings, divisible = BGRLSettings, False  # L_PT is a mean over nodes
     presets: ClassVar = {}
     captions: ClassVar = {"edges_1": "share of edges that a view drops"}
+    table, figures = metapt.Domain.table, metapt.Domain.figures
 
     def network(self):
-        width, layers, dropout = self.settings.width, self.settings.layers, self.settings.dropout
-        encoder = GIN(width, layers, dropout, nn.BatchNorm1d(width))  # as BGRL's end
+        width = self.settings.width
+        encoder = GIN(width, self.settings.layers, self.settings.dropout, nn.BatchNorm1d(width))
         predictor = nn.Sequential(nn.Linear(width, 8 * width), nn.PReLU(), nn.Linear(8 * width, width))
-        network = Bootstrapped(encoder, predictor).to(self.device)
-        update_bn([(self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device)),)], network)
+        network = metapt.Network(encoder, predictor).to(self.device)
+        network.target = nn.Buffer(nn.utils.parameters_to_vector(encoder.parameters()).detach())
+        batch = self.inputs("pretrain", torch.randperm(self.sizes["pretrain"])[:256].to(self.device))
+        update_bn([(batch._replace(by_node=True),)], network)
         return network
 
     def meta(self):
         return Drops(edges=(0.3, 0.25), features=(0.25, 0.1)).to(self.device)
 
     def pretrain_loss(self, network, meta, index, progress, live):
-        batch = self.inputs("pretrain", index)
+        batch, online = self.inputs("pretrain", index), dict(network.encoder.named_parameters(prefix="encoder"))
         if live:  # a PT step begins: the target follows the step before it
-            network.follow(1 - self.settings.momentum)
+            network.target.lerp_(nn.utils.parameters_to_vector(online.values()).detach(), 1 - self.settings.momentum)
+        parts = network.target.split([p.numel() for p in online.values()])
+        target = {name: part.view_as(p) for part, (name, p) in zip(parts, online.items(), strict=True)}
 
-        def loss(theta, phi):
+        def loss(theta, phi):  # each view with its own BatchNorm statistics, in the target too
             views = metapt.call(meta, phi, batch)
             a, b = (metapt.call(network, theta, view, train=True, live=live) for view in views)
-            x, y = map(network.aims, views)
+            x, y = (metapt.call(network, target, view, train=True, features=True) for view in views)
             return 2 - (F.cosine_similarity(a, y) + F.cosine_similarity(b, x)).mean()
 
         return loss
 
     def measure(self, meta):
-        shares = {name: p.sigmoid().tolist() for name, p in metapt.detached(meta).items()}
-        return {f"{name}_{view}": share for name, both in shares.items() for view, share in enumerate(both, 1)}
-
-    def table(self, meta):
-        return None
-
-    def figures(self, meta):
-        return {}
+        return {f"{name}_{i}": p[i - 1].sigmoid().item() for name, p in metapt.detached(meta).items() for i in (1, 2)}
 
 
 def divide_tasks(tasks: int, fixed: int, positives, random, few=60, wanted=40) -> tuple[np.ndarray, np.ndarray]:
