@@ -745,8 +745,8 @@ class Domain(abc.ABC):
     def targets(self, part: str, index: Tensor) -> Tensor: ...  # what FT should predict from it
     @abc.abstractmethod
     def pretrain_loss(self, network: Network, meta: nn.Module, index: Tensor, progress: float, live: bool) -> Loss:
-        """L_PT(θ, φ), a function of two dicts, on the PT examples `index`, at a share `progress` of the run. `live`:
-        BatchNorm's statistics are updated (see `call`)."""
+        """L_PT(θ, φ), a function of two dicts, on the PT examples `index`, at a share `progress` of the run. `live`: once
+        before each PT step; buffers may change then, as BatchNorm's statistics do (see `call`), and at no other time."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:  # of FT, averaged over examples
         return F.cross_entropy(outputs, targets)
