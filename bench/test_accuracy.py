@@ -1,5 +1,6 @@
 """The exact values agree with each other, the comparison estimators do what their papers say, cosines stay above floors."""
 
+import json
 import sys
 
 import pytest
@@ -142,6 +143,39 @@ def test_cosines_stay_above_their_floors(problem, estimator):
     row = accuracy.measure(p, estimator, accuracy.estimators(p)[estimator])
     assert row["cosine"] >= FLOORS[problem, estimator], row
     assert row["norm_error"] > -0.95 and row["signs"] > 0.5
+
+
+KRONECKER = {  # of Kronecker factors alone, and within 2, 5, 10 and 19 products of CG
+    "mlp": {"KFAC": (0.89, 0.84, 0.81, 0.95, 0.97), "EKFAC": (0.87, 0.81, 0.81, 0.95, 0.97), "EKFAC, type 2": (0.89, 0.80, 0.83, 0.96, 0.97)},
+    "augment": {"KFAC": (0.58, 0.76, 0.70, 0.47, 0.75), "EKFAC": (0.72, 0.77, 0.62, 0.52, 0.75), "EKFAC, type 2": (0.83, 0.75, 0.59, 0.70, 0.91)},
+    "early(10)": {"KFAC": (0.30,), "EKFAC": (0.29,), "EKFAC, type 2": (0.31, 0.31, 0.31, 0.31, 0.31)},
+    "early(100)": {"KFAC": (0.83, 0.83, 0.83, 0.83, 0.83), "EKFAC": (0.83, 0.83, 0.83, 0.83, 0.83), "EKFAC, type 2": (0.79, 0.79, 0.79, 0.79, 0.79)},
+    "digits(0.1)": {"KFAC": (0.44, 0.65, 0.62, 0.95, 0.98), "EKFAC": (0.43, 0.68, 0.60, 0.95, 0.98), "EKFAC, type 2": (0.76, 0.75, 0.91, 0.96, 0.98)},
+}  # fmt: skip
+
+
+KRONECKER_FLOORS = {(problem, f"{how}, {factors}"): floor for problem, of in KRONECKER.items()
+                    for factors, floors in of.items()
+                    for how, floor in zip(("identity", "cg 2", "cg 5", "cg 10", "cg 19"), floors, strict=False)}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", KRONECKER)
+def test_kronecker_factors_stay_above_their_floors(problem):
+    pytest.importorskip("curvlinops")
+    p = PROBLEMS[problem]() if problem in PROBLEMS else problems.digits(accuracy.DAMPING)
+    estimators, below = accuracy.estimators(p) if problem in PROBLEMS else accuracy.on_digits(p), {}
+    for name, floor in ((name, floor) for (of, name), floor in KRONECKER_FLOORS.items() if of == problem):
+        cosine = accuracy.agreement(estimators[name](), p.exact)["cosine"]
+        below |= {} if cosine >= floor else {name: cosine}
+    assert below == {}
+
+
+def test_all_kronecker_factors_but_those_that_point_elsewhere_have_a_floor():
+    stored = json.loads(accuracy.RESULTS.read_text())
+    cosines = {(row["problem"], row["estimator"]): row["cosine"] for row in stored["frozen"] + stored["digits"]
+               if "KFAC" in row["estimator"] and row["cosine"] >= 0.3}  # fmt: skip
+    assert set(cosines) == set(KRONECKER_FLOORS)
+    assert all(cosine - 0.03 < KRONECKER_FLOORS[row] <= cosine for row, cosine in cosines.items())
 
 
 @pytest.mark.parametrize("name", problems.FROZEN)

@@ -1,5 +1,6 @@
 """How costs grow, by counts that are the same on every machine; timings only with --benchmark-only."""
 
+import functools
 import json
 
 import numpy as np
@@ -54,6 +55,31 @@ def test_a_term_costs_two_passes_at_most(hvp):
 def test_costs_do_not_depend_on_the_number_of_meta_parameters():
     rows = [cost(weights=n) for n in (1, 1000, 1_000_000)]
     assert len({row["meta_step_flops"] for row in rows}) == len({row["meta_step_bytes"] for row in rows}) == 1
+
+
+def test_kronecker_factors_of_one_example_invert_its_gauss_newton_matrix_layer_by_layer(monkeypatch):
+    """There a layer's block is one Kronecker product, so that nothing is approximated: weight and scale of the squared error."""
+    pytest.importorskip("curvlinops")
+    monkeypatch.setattr(scaling.peers, "kronecker", functools.partial(scaling.peers.kronecker, fisher="type-2"))
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        work = scaling.Workload(SMALL._replace(width=5, batch=1, factors=True))
+        work.phi["weights"].normal_()
+        theta = {name: t.detach() for name, t in work.theta.items()}
+        r = {name: torch.randn_like(t) for name, t in theta.items()}
+        found, weight = work.kronecker(theta)(r), 2 * work.phi["weights"][work.rows].sigmoid()
+        for name, t in theta.items():
+
+            def outputs(w, name=name):
+                at = {**theta, name: w}
+                return work.hidden(at, work.x) @ at["head"]
+
+            slopes = torch.func.jacrev(outputs)(t).reshape(32, -1)
+            block = weight * 2 / 32 * slopes.T @ slopes + 0.1 * torch.eye(t.numel())  # of the mean over 32 outputs
+            torch.testing.assert_close(found[name].flatten(), torch.linalg.solve(block, r[name].flatten()))
+    finally:
+        torch.set_default_dtype(usual)
 
 
 @pytest.mark.parametrize("step", ["pt_step", "exact", "finite"])
