@@ -509,12 +509,13 @@ class Failed(Exception): ...  # the run cannot go on: one line
 
 
 @contextlib.contextmanager
-def refusing(problem: str, errors=UNREADABLE, becomes=BadInput):  # what fails within becomes that, one line
+def refusing(problem: str, errors=UNREADABLE, becomes=BadInput, words=""):  # what fails so within becomes one line
     try:
         yield
     except errors as error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-            raise  # the machine's fault
+        memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        if memory or not re.search(words, str(error)):
+            raise  # the machine's fault, or ours
         # The last line: torch begins with what it did and ends with what was wrong.
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:300]
         raise becomes(f"{problem}: {'it is missing' if isinstance(error, FileNotFoundError) else reason}") from None
@@ -678,6 +679,9 @@ def call(module: nn.Module, params: Params, *inputs, train: bool = False, live: 
     return found.float() if lower and isinstance(found, Tensor) else found
 
 
+LOST = "(closed|reset) by (remote )?peer|Broken pipe|remote process exit"  # what gloo and NCCL say of a rank's end
+
+
 class Ranks:
     """The processes that torchrun started (one without it), which divide each batch: a rank's loss is its share of the
     whole batch's mean, so that what is linear in a loss, such as all its derivatives, is summed over the ranks."""
@@ -687,14 +691,14 @@ class Ranks:
         self.rank, self.size = (distributed.get_rank(), distributed.get_world_size()) if many else (0, 1)
         self.draws = np.random.default_rng(self.rank)  # seeds of what each rank draws for itself
 
-    @refusing("another rank has ended", RuntimeError, Failed)
+    @refusing("another rank has ended", RuntimeError, Failed, LOST)
     def sum(self, tensors: Params) -> Params:  # in one message
         if self.size == 1 or not tensors:
             return tensors
         distributed.all_reduce(total := _flat(tensors))
         return _unflat(total, tensors)
 
-    @refusing("another rank has ended", RuntimeError, Failed)
+    @refusing("another rank has ended", RuntimeError, Failed, LOST)
     def objects(self, one) -> list:  # one of each rank, in their order; nobody goes on before all are here
         found = [one] * self.size
         if self.size > 1:
@@ -864,7 +868,7 @@ import copy
 import time
 
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 MANY_SKIPPED = 10  # meta steps in a row without a finite hypergradient: the run has failed
 CHECKPOINT_EVERY = 20  # rounds of P PT steps
@@ -1089,12 +1093,16 @@ class Training:
         return self
 
     def compare_ranks(self) -> None:  # Failed: what all ranks should have alike they have not
-        state = {"the random state": torch.get_rng_state()}
+        symbols, state = {"network": "θ", "psi": "ψ", "meta": "φ"}, {"the random state": torch.get_rng_state()}
+        if torch.cuda.is_initialized():
+            state["the random state of CUDA"] = torch.cuda.get_rng_state()
         for learner in self.learners:
-            named = {"θ": learner.network.state_dict(), "ψ": learner.psi, "φ": learner.meta.state_dict()}
-            state |= {f"{name} ({learner.number})": _flat(tensors) for name, tensors in named.items()}
-        digest = lambda t: hashlib.sha256(t.view(torch.uint8).cpu().numpy()).digest()
-        sums = self.domain.ranks.objects({name: digest(vector) for name, vector in state.items()})
+            named = learner.state_dict().items()
+            state |= {f"{symbols.get(name, name)} ({learner.number})": value for name, value in named}
+        numbers = lambda value: b"".join(torch.as_tensor(t).flatten().view(torch.uint8).cpu().numpy()
+                                         for t in tree_leaves(value) if isinstance(t, Tensor | int | float))  # fmt: skip
+        sums = {name: hashlib.sha256(numbers(value)).digest() for name, value in state.items()}
+        sums = self.domain.ranks.objects(sums)
         for rank, name in itertools.product(range(1, len(sums)), state):
             if sums[rank][name] != sums[0][name]:
                 raise Failed(f"at PT step {self.step} {name} of rank {rank} is not that of rank 0")
@@ -1234,7 +1242,7 @@ def finetune(domain: Domain, network: Network, examples: int, seed: int, held: T
     return Finetuned(kept, best)
 
 
-def compare(domain: Domain, methods: dict, examples: Sequence[int], seeds: int, advance) -> dict:
+def compare(domain: Domain, methods: dict, examples: Sequence[int], seeds: int, advance, measure=finetune) -> dict:
     """Several encoders (name → function of a seed that gives θ) after the same FT: {(method, number of examples):
     [Finetuned, one for each of the seeds 0, 1, …]}; `advance` is called after each method and seed. Ranks take turns."""
     results = {(method, n): [] for method in methods for n in examples}
@@ -1242,7 +1250,7 @@ def compare(domain: Domain, methods: dict, examples: Sequence[int], seeds: int, 
         torch.manual_seed(seed)
         network = network_of(seed)
         for n in examples if turn % domain.ranks.size == domain.ranks.rank else ():
-            results[method, n].append((seed, finetune(domain, network, n, seed)))
+            results[method, n].append((seed, measure(domain, network, n, seed)))
         advance()
     all_of = domain.ranks.objects(results)
     return {key: [found for _, found in sorted(itertools.chain(*(each[key] for each in all_of)))] for key in results}
@@ -1871,10 +1879,12 @@ def draw_comparison(figure, rows: list[dict]) -> None:  # the headline metric by
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. Commands, and how a domain is found
 
+import atexit
 import importlib.util
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from datetime import timedelta
 from types import SimpleNamespace
@@ -2048,7 +2058,7 @@ def download(context: typer.Context, data_set: Annotated[str, typer.Argument(hel
     if not (script := HERE / "data_scripts" / SCRIPTS[name]).exists():
         raise BadInput(f"{script} is missing: copy the folder data_scripts of metapt's repository there")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the script answers, once it has let Ctrl-C through
-    status = subprocess.run([sys.executable, str(script), *context.args], check=False).returncode
+    status = Ranks().first(lambda: subprocess.run([sys.executable, str(script), *context.args], check=False).returncode)
     with contextlib.suppress(KeyboardInterrupt):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     raise SystemExit(status)
@@ -2100,10 +2110,9 @@ def train(command: str, kind: type[Domain], ask) -> None:  # `pretrain` and `met
 
 def choose(domain: Domain, methods: dict, examples: int, advance) -> tuple[dict, str]:
     """Default φ, learned φ or the meta run's θ, by `held_score`: for the summary, and in a sentence."""
-    held = {"default_phi": [], "learned_phi": [], "online": []}
-    for method, seed in itertools.product(held, range(domain.settings.compare)):
-        held[method].append(held_score(domain, methods[method](seed), examples, seed))
-        advance()
+    methods = {method: methods[method] for method in ("default_phi", "learned_phi", "online")}
+    found = compare(domain, methods, [examples], domain.settings.compare, advance, held_score)
+    held = {method: scores for (method, _), scores in found.items()}
     gains = {method: mean_and_error(np.subtract(scores, held["default_phi"])) for method, scores in held.items()}
     chosen = max(gains, key=lambda method: gains[method]["mean"] or 0.0)  # the default where there is nothing in it
     best = max(("learned_phi", "online"), key=lambda m: -math.inf if (g := gains[m]["mean"]) is None else g)
@@ -2245,7 +2254,7 @@ def conclude(command: str, domain: Domain, run: Run, found: dict, ask, lines: li
     names = ", ".join(sorted(path.name for path in run.folder.iterdir() if path.name[0] != "."))
     for line in (*lines, f"{summary['seconds']:.0f} s; {run.folder}: {names}"):
         ask.console.print(line, highlight=False)
-    if ask.json and not domain.ranks.rank:
+    if ask.json:
         print(json.dumps(summary))
 
 
@@ -2345,12 +2354,19 @@ def join_ranks() -> None:  # of torchrun, by gloo; between GPUs, of which each r
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(days=1))  # it is torchrun that sees who has died
+        atexit.register(distributed.destroy_process_group)  # whose threads may still need Python
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # and then ends the others
+        told, tell = os.pipe()  # where the main thread, which answers signals, waits for such a rank, another does
+        os.set_blocking(tell, False)
+        signal.set_wakeup_fd(tell)
+        threading.Thread(target=lambda: (os.read(told, 1), time.sleep(25), os._exit(1)), daemon=True).start()
+        sys.stdout = io.StringIO() if Ranks().rank else sys.stdout
 
 
-def first_to_end() -> bool:  # of the ranks: it says why, the others end because it did
+def first_to_end(status: int) -> bool:  # of the ranks: it says why, the others end because it did
     if Ranks().size == 1:
         return True
+    atexit.register(os._exit, status)  # it comes first: to destroy the group the others would be waited for
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     with contextlib.suppress(RuntimeError):
@@ -2379,9 +2395,9 @@ def main() -> None:
         status, message = 1, ""
         if re.search("MemoryError|(not enough|allocate|out of) memory|bad_alloc", repr(error)):  # torch's words for it
             message = str(error) or "out of memory"
-        elif first_to_end():
+        elif first_to_end(status):
             raise
-    if message and first_to_end():
+    if message and first_to_end(status):
         print(f"metapt: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
