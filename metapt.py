@@ -946,7 +946,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         """On the next batch of a stream; with ranks on a part of it, so weighed that their sum is that."""
         batch, (rank, size) = self.streams[stream].next(), (self.ranks.rank, self.ranks.size)
         index, index.on_host = (rows.tensor_split(size)[rank] for rows in (batch, batch.on_host))
-        share = len(index) / len(batch)
+        share = index.share = len(index) / len(batch)  # where L_PT is no mean over examples, a domain asks for it
         with self.ranks.own():
             if stream in ("pretrain", "meta"):
                 loss = self.domain.pretrain_loss(self.network, self.meta, index, progress, live)

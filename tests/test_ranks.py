@@ -1,5 +1,6 @@
 """Data parallelism: several processes, as torchrun starts them, against one that has the whole batch."""
 
+import atexit
 import contextlib
 import io
 import itertools
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -142,7 +144,7 @@ class Problem:
             if self.of_views:
                 views = inputs[0], torch.tanh(inputs[0] + phi["shift"])
                 outputs = [torch.tanh(view @ theta["a"]) @ theta["b"] for view in views]
-                return shares[0] * nt_xent(*outputs, 0.5, ranks)
+                return shares[0] * nt_xent(*outputs, 0.5, shares[0], ranks)
             scores = torch.tanh((inputs[0] + phi["shift"]) @ theta["a"]) @ theta["b"]
             return shares[0] * (phi["weight"][labels[0]] * F.cross_entropy(scores, labels[0], reduction="none")).mean()
 
@@ -317,10 +319,13 @@ def test_what_ranks_draw_is_their_own_and_the_rest_is_alike():
 
 def parted(what: str) -> str:
     metapt.join_ranks()
-    one = training()
+    one = training(unroll_scope="all", steps=8, warmup=0).run()
     if metapt.Ranks().rank == 2:
         tensors = {"θ": one.best.network.head.bias.data, "ψ": one.best.psi["bias"], "φ": one.best.meta.weight.data}
         tensors["θ's buffers"] = one.best.network.encoder[1].running_var
+        tensors |= {f"Adam's {n}": getattr(one.best, n)["exp_avg_sq"] for n in ("ft_state", "head_state")}
+        for name in ("optimizer", "meta_optimizer"):
+            tensors[f"Adam's {name}"] = [*getattr(one.best, name).state.values()][-1]["exp_avg"]
         if what in tensors:
             tensors[what].reshape(-1)[0].nextafter_(torch.tensor(9.0))
         else:
@@ -332,10 +337,11 @@ def parted(what: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("what", ["θ", "θ's buffers", "ψ", "φ", "the random state"])
+@pytest.mark.parametrize("what", ["θ", "θ's buffers", "ψ", "φ", "the random state", "Adam's optimizer",
+                                  "Adam's meta_optimizer", "Adam's ft_state", "Adam's head_state"])  # fmt: skip
 def test_a_rank_that_has_parted_is_named(what):
     name = what.partition("'")[0] + (" (0)" if what != "the random state" else "")
-    assert in_ranks(3, parted, what) == [f"at PT step 0 {name} of rank 2 is not that of rank 0"] * 3
+    assert in_ranks(3, parted, what) == [f"at PT step 8 {name} of rank 2 is not that of rank 0"] * 3
 
 
 class Indivisible(Toy):
@@ -356,6 +362,91 @@ def test_what_cannot_be_divided_is_refused():
     assert in_ranks(2, refusals) == 2 * [[
         "the PT loss of Indivisible is no mean over examples: no ranks",
         "a batch of 1 examples cannot be divided over 2 ranks"]]  # fmt: skip
+
+
+def lost() -> str:
+    """What two ranks say of a third that ends."""
+    metapt.join_ranks()
+    ranks = metapt.Ranks()
+    try:
+        ranks.sum({"": torch.ones(1000)})
+        for _ in range(1000) if ranks.rank != 1 else ():
+            ranks.sum({"": torch.ones(1000)})
+    except metapt.Failed as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_has_ended_is_said_to_have():
+    first, second, third = in_ranks(3, lost)
+    assert second == "" and all(said.startswith("another rank has ended: ") for said in (first, third)), (first, third)
+
+
+@pytest.mark.parametrize(("error", "ended"), [
+    (RuntimeError("pair.cc:553] Connection closed by peer [10.0.0.1]:1766. Check the logs"), True),
+    (RuntimeError("pair.cc:537] Read error [10.0.0.1]:1766: Connection reset by peer"), True),
+    (RuntimeError("NCCL error: remote process exited or there was a network error, NCCL version 2.21.5"), True),
+    (RuntimeError("Invalid function argument. Expects parameter tensor to be dense"), False),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), False),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), False)])  # fmt: skip
+def test_what_is_wrong_here_is_not_said_to_be_another_ranks_end(error, ended, monkeypatch):
+    (ranks := alone()).size = 2
+    for name in ("all_reduce", "all_gather_object"):
+        monkeypatch.setattr(torch.distributed, name, mock.Mock(side_effect=error))
+    for work in (lambda: ranks.sum({"": torch.ones(2)}), lambda: ranks.objects(1)):
+        with pytest.raises(metapt.Failed if ended else type(error)) as raised:
+            work()
+        assert ended or raised.value is error
+
+
+def threads() -> list[str]:
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
+def exit_functions(failed: bool) -> tuple:
+    """What stands when Python is about to end: gloo's threads before and after, and how the process left."""
+    atexit._clear()  # those of this process's parent
+    metapt.join_ranks()
+    metapt.Ranks().objects(0)
+    left, before = [], threads()
+    with mock.patch("os._exit", side_effect=lambda status: left.append((status, threads()))):
+        if failed:
+            metapt.first_to_end(2)
+        atexit._run_exitfuncs()
+    return before, threads(), left
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize("failed", [False, True])
+def test_gloos_threads_end_before_python_does_and_what_failed_waits_for_none(failed):
+    """They hold objects of Python's, and would abort the process as they give them back to an interpreter that ends."""
+    for before, after, left in in_ranks(2, exit_functions, failed):
+        assert "pt_gloo_runloop" in before
+        assert "pt_gloo_runloop" not in after
+        assert [(status, "pt_gloo_runloop" in running) for status, running in left] == [(2, True)] * failed
+
+
+def chosen() -> list:
+    """What is chosen by these ranks, and by one process; and how many times this rank fine-tuned for it."""
+    metapt.join_ranks()
+    found, real = [], metapt.finetune
+    for ranks in (metapt.Ranks(), alone()):
+        (domain := domain_of(Toy, compare=3)).ranks = ranks
+        networks = [domain.network() for _ in range(3)]
+        methods = {name: lambda seed, of=of: of for name, of in zip(("default_phi", "learned_phi", "online"), networks)}
+        with mock.patch.object(metapt, "finetune", side_effect=real) as counted:
+            found.append((metapt.choose(domain, methods, 10, lambda: None), counted.call_count))
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_take_turns_to_choose_and_choose_as_one_process(size):
+    results = in_ranks(size, chosen)
+    for (said, _), (truth, _) in results:
+        assert said == truth
+        assert len({each["mean"] for each in truth[0]["held_score"].values()}) > 1
+    assert sum(here for (_, here), _ in results) == results[0][1][1]
+    assert all(here > 0 for (_, here), _ in results)
 
 
 # Commands
@@ -408,9 +499,9 @@ def test_a_run_goes_on(size, home, tmp_path):
     assert (outcome(run) == outcome(home.folder / "run")) == (size == 2)
 
 
-def torchrun(folder, *words) -> subprocess.Popen:
-    words = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2",
-             metapt.__file__, *words]  # fmt: skip
+def torchrun(folder, size, script, *words) -> subprocess.Popen:
+    words = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={size}",
+             str(script), *words]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
     return subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)  # fmt: skip
@@ -436,7 +527,7 @@ class Lacking(Toy):
         if self.rounds == 25 and self.ranks.rank == 1:
             raise metapt.BadInput("rank 1 lacks something")
 """)  # fmt: skip
-    process = torchrun(tmp_path, "meta", f"toy.py:{'Lacking' if end == 'exception' else 'Toy'}", "--out=run", *LONG)
+    process = torchrun(tmp_path, 2, metapt.__file__, "meta", f"toy.py:{'Lacking' if end == 'exception' else 'Toy'}", "--out=run", *LONG)
     try:
         until = time.monotonic() + LIMIT
         while not (tmp_path / "run" / "checkpoint.pt").exists():
@@ -460,3 +551,39 @@ class Lacking(Toy):
     assert content["ranks"] == 2 and content["step"] >= 80
     if end == "ctrl-c":
         assert content["step"] == int(re.fullmatch(line, lines[0])[1])
+
+
+@pytest.mark.slow
+def test_ranks_end_that_wait_in_vain_where_python_answers_no_signal(tmp_path):
+    """Without Python's lock and for ever, as in a collective of NCCL, which the end of a rank does not end."""
+    toy_file(tmp_path / "toy.py", """
+
+class Stuck(Toy):
+    def begin_episode(self, meta):
+        self.ranks.objects(None)
+        if self.ranks.rank == 1:
+            metapt.time.sleep(2)  # until the other waits
+            raise metapt.BadInput("rank 1 lacks something")
+        torch.futures.Future().wait()
+""")  # fmt: skip
+    process = torchrun(tmp_path, 2, metapt.__file__, "meta", "toy.py:Stuck", "--out=run", *LONG)
+    try:
+        lines, raised = [], None
+        for line in process.stdout:
+            lines.append(line)
+            raised = time.monotonic() if line.startswith("metapt: rank 1") else raised
+        assert process.wait(LIMIT) == 1 and raised, lines
+        assert 20 < time.monotonic() - raised < 30, lines
+    finally:
+        process.kill()
+        process.wait()
+    assert sum(line.startswith("metapt: ") for line in lines) == 1 and "SIGKILL" not in "".join(lines), lines
+
+
+def test_help_and_downloads_are_of_one_rank(tmp_path):
+    (script := tmp_path / "script.py").write_text("import pathlib; pathlib.Path('log').open('a').write('once\\n')")
+    with mock.patch.dict(metapt.SCRIPTS, {"script": script}):
+        found = in_ranks(2, command, tmp_path, "download", "script")
+    assert found == [(0, "", "")] * 2 and (tmp_path / "log").read_text() == "once\n"
+    (code, out, _), other = in_ranks(2, command, tmp_path, "meta", "--help")
+    assert code == 0 and "Usage" in out and other == (0, "", "")

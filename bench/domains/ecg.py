@@ -243,22 +243,22 @@ class ResNet18(nn.Module):
         return self.blocks(self.stem(as_images(F.pad(signals, (0, -signals.shape[2] % 64))))).mean((2, 3))
 
 
-def gather(rows: Tensor, ranks: metapt.Ranks) -> tuple[Tensor, int]:
-    """The rows [n, d] of all ranks, and where this one's begin. Differentiable any number of times, as a rank's part of
-    what the sum of all ranks' losses depends on."""
+def gather(rows: Tensor, n: int, ranks: metapt.Ranks) -> tuple[Tensor, int]:
+    """The rows of all ranks [2n, d], of two views of n examples, and where this one's begin. Differentiable any number
+    of times, as a rank's part of what the sum of all ranks' losses depends on."""
     if ranks.size == 1:
         return rows, 0
     from torch.distributed.nn.functional import all_reduce
 
-    counts = ranks.objects(len(rows))
-    begin, after = sum(counts[: ranks.rank]), sum(counts[ranks.rank + 1 :])
-    return all_reduce(F.pad(rows, (0, 0, begin, after))), begin
+    begin = 2 * torch.arange(n).tensor_split(ranks.size)[ranks.rank][0].item()
+    return all_reduce(F.pad(rows, (0, 0, begin, 2 * n - begin - len(rows)))), begin
 
 
-def nt_xent(a: Tensor, b: Tensor, temperature: float, ranks: metapt.Ranks | None = None) -> Tensor:
-    """SimCLR's loss (equation 1) of two views [n, d]: each should find its other among all 2n, those of all ranks."""
+def nt_xent(a: Tensor, b: Tensor, temperature: float, share: float = 1.0, ranks: metapt.Ranks | None = None) -> Tensor:
+    """SimCLR's loss (equation 1) of two views [n, d]: each should find its other among all 2n, those of all ranks, of
+    whose examples these are a `share`."""
     z = F.normalize(torch.cat([a, b]), dim=1)
-    everyones, begin = gather(z, ranks or metapt.Ranks())
+    everyones, begin = gather(z, round(len(a) / share), ranks or metapt.Ranks())
     similarity = z @ everyones.T / temperature
     similarity[:, begin : begin + len(z)].fill_diagonal_(-math.inf)
     return F.cross_entropy(similarity, begin + torch.arange(len(z), device=z.device).roll(len(a)))
@@ -384,12 +384,12 @@ class ECG(metapt.Domain):
             meta.warp.expect()
 
     def pretrain_loss(self, network, meta, index, progress, live):
-        signals = self.inputs("pretrain", index)
+        signals, share = self.inputs("pretrain", index), getattr(index, "share", 1 / self.ranks.size)
 
         def loss(theta, phi):
             views = self.views(meta, phi, signals)
             a, b = (metapt.call(network, theta, view, train=True, live=live) for view in views)
-            return nt_xent(a, b, self.settings.temperature, self.ranks)
+            return nt_xent(a, b, self.settings.temperature, share, self.ranks)
 
         return loss
 
