@@ -498,6 +498,7 @@ import torch.nn.functional as F
 from torch import distributed, nn
 
 UNREADABLE = (OSError, ValueError, RecursionError)  # what a file leads to that is missing, torn, or no JSON
+LOST = "(closed|reset) by (remote )?peer|Broken pipe|remote process exit"  # gloo's and NCCL's words for a rank's end
 PANELS = ("Run", "Pre-training", "Fine-tuning in the meta step", "Learning φ", "Measuring", "Of this domain")
 RUN, PRETRAINING, UNROLLING, LEARNING, MEASURING, OWN = PANELS  # where --help shows a setting
 
@@ -677,9 +678,6 @@ def call(module: nn.Module, params: Params, *inputs, train: bool = False, live: 
     with torch.autocast(next(iter(params.values())).device.type, torch.bfloat16, enabled=lower):
         found = run(module, {**params, **buffers}, inputs, options)
     return found.float() if lower and isinstance(found, Tensor) else found
-
-
-LOST = "(closed|reset) by (remote )?peer|Broken pipe|remote process exit"  # what gloo and NCCL say of a rank's end
 
 
 class Ranks:
