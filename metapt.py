@@ -536,7 +536,7 @@ POSITIVE_IF_GIVEN = (lambda x: x is None or x > 0, "positive")
 SHARE, ANYTHING = (lambda x: 0 < x <= 1, "more than 0 and at most 1"), (lambda x: True, "")
 PARTS = one_of("validation", "all")
 SCOPES, HVPS = one_of("head", "all"), one_of("", "exact", "finite")
-PRECISIONS = one_of("float32", "bf16")
+PRECISIONS, PRECONDITIONERS = one_of("float32", "bf16"), one_of("", "adam")
 BF16_STEP = 0.1  # of finite products: at a shorter one the rounding of gradients tells (bench/precision.py)
 SIZES = (re.compile(r"(\d{1,9}(,\d{1,9})*)?").fullmatch, "numbers such as 30,100,300")
 PARTICLES = (re.compile(r"\d{1,9}(:0?\.\d+)?(,\d{1,9}(:0?\.\d+)?)*").fullmatch,
@@ -580,6 +580,7 @@ class Settings:
     average: float = option(0.0, "Share of the run, at its end, that φ is averaged over", LEARNING, BELOW_1)
     solver: str = option("identity", "identity, neumann, cg or nystrom", LEARNING)
     terms: int = option(1, "Neumann terms, CG steps, Nyström rank", LEARNING, AT_LEAST_0)
+    preconditioner: str = option("", "Of identity and cg: adam (PT's moments); else none", LEARNING, PRECONDITIONERS)
     alpha: float | None = option(None, "Neumann step size; else estimated", LEARNING, POSITIVE_IF_GIVEN)
     damping: float = option(0.0, "Added to the PT Hessian's diagonal", LEARNING, AT_LEAST_0)
     hvp: str = option("exact", "Hessian products: exact or finite", LEARNING)
@@ -615,6 +616,8 @@ class Settings:
         self.require(coarse, "hvp_step", f"{BF16_STEP} or more with --precision bf16")
         self.require(self.warmup <= self.steps, "warmup", f"at most the {self.steps} steps")
         self.require(self.solver != "nystrom" or self.damping > 0, "damping", "positive with --solver nystrom")
+        fits = not self.preconditioner or self.solver in ("identity", "cg")
+        self.require(fits, "preconditioner", f"nothing with --solver {self.solver}")
         try:
             _ = self.unroll, self.inverse  # which check their own fields
         except ValueError as error:
@@ -981,6 +984,14 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         shares = [self.streams[part].n / sum(self.streams[each].n for each in parts) for part in parts]
         return lambda theta, psi: sum(share * loss(theta, psi) for share, loss in zip(shares, losses, strict=True))
 
+    def adam_metric(self, r: Params) -> Params:  # M⁻¹r, M = √v̂ + ε of PT's Adam; what it has not moved yet stays as it is
+        (group,), found = self.optimizer.param_groups, dict(r)
+        for name, p in self.network.named_parameters():
+            if state := self.optimizer.state.get(p):
+                unbias = 1 - group["betas"][1] ** state["step"].double()  # which stays where it is: nothing waits
+                found[name] = r[name] / ((state["exp_avg_sq"] / unbias).sqrt() + group["eps"])
+        return found
+
     def meta_step(self, progress: float) -> None:  # one step on φ, which stays where no hypergradient is finite
         domain, settings, ranks = self.domain, self.settings, self.ranks
         finetune = [self.next_loss("finetune") for _ in range(settings.unroll_steps)]
@@ -990,6 +1001,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
                 result = hypergradient(
                     *losses, detached(self.network), self.psi, detached(self.meta), unroll=settings.unroll,
                     solver=settings.inverse, ft_state=self.ft_states[settings.unroll_scope],
+                    preconditioner=self.adam_metric if settings.preconditioner else None,
                     reduce=ranks.sum if ranks.size > 1 else None)  # fmt: skip
             if result.residual >= 1 and not _finite(q=result.q)["q"]:
                 raise FloatingPointError("q = 0, the PT Hessian curves down along v: --damping may help")
