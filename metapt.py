@@ -984,7 +984,7 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         shares = [self.streams[part].n / sum(self.streams[each].n for each in parts) for part in parts]
         return lambda theta, psi: sum(share * loss(theta, psi) for share, loss in zip(shares, losses, strict=True))
 
-    def adam_metric(self, r: Params) -> Params:  # M⁻¹r, M = √v̂ + ε of PT's Adam; what it has not moved yet stays as it is
+    def adam_metric(self, r: Params) -> Params:  # M⁻¹r, M = √v̂ + ε of PT's Adam; 1 where it has no v̂ yet
         (group,), found = self.optimizer.param_groups, dict(r)
         for name, p in self.network.named_parameters():
             if state := self.optimizer.state.get(p):

@@ -54,6 +54,12 @@ def test_a_cg_iteration_is_two_waits_more(name, hvp, data):
     assert learner.skipped == 0 and found.total() <= 3 + 2 * 4, found
 
 
+def test_the_adam_metric_waits_for_nothing(data):
+    learner = learner_of("digits-noise", data, solver="identity", preconditioner="adam", unroll_hvp="exact")
+    found = counting.waits(lambda: learner.meta_step(0.5))
+    assert learner.skipped == 0 and 0 < found.total() <= 3, found
+
+
 def test_a_new_epoch_is_no_wait():
     stream = metapt.Stream(10, 4, torch.device("cpu"))
     assert not counting.waits(lambda: [metapt.on_host(stream.next()) for _ in range(7)])

@@ -368,6 +368,7 @@ BAD_OPTIONS = {  # arguments: what the line must say
     "meta --spread-deg=0": "--spread-deg is 0.0, expected 1 or more",
     "meta --solver=magic": "Solver.method is 'magic', expected one of identity",
     "meta --solver=nystrom --terms=2 --damping=0": "--damping is 0.0, expected positive with --solver nystrom",
+    "meta --solver=neumann --preconditioner=adam": "--preconditioner is 'adam', expected nothing with --solver neumann",
     "meta --particles=x": "--particles is 'x', expected",
     "meta --preset=magic": "--preset is 'magic'; DigitsRotation has default, anywhere, paper",
     "meta --sizes=301": "--sizes is '301', expected between 1 and the 300 FT examples there are",

@@ -26,7 +26,7 @@ WRONG = {  # settings: what is wrong with them
     "meta_batch_size": [0], "meta_lr_decay": [0.0], "average": [1.0, -0.1], "alpha": ["x", 0.0], "damping": [-1.0, math.inf],
     "terms": [-1], "hvp_step": [0.0], "sizes": ["ten", "10,,20"], "compare": [-1], "measure_scope": ["tail"],
     "measure_lr": [0.0], "measure_steps": [0], "measure_epochs": [-1], "measure_batch_size": [0],
-    "solver": [1, "magic", "nystrom"], "hvp": ["guessed"],
+    "solver": [1, "magic", "nystrom"], "hvp": ["guessed"], "preconditioner": ["sgd", None],
     "particles": ["x", "", "0", "2", "3,1", "1,1", "3:0.5,3", "1:0.5,3", "3:0.8,2:0.5,1", "3:0.5,2", "3:0,1", "3:-1,1",
                   "3:1,1", "3:2,1", "3:x,1", "3:nan,1", "1:0.5"],
 }  # fmt: skip
@@ -44,6 +44,12 @@ def test_settings_that_cannot_be_are_refused_by_name(name, value):
     subject = NAMED_OTHERWISE.get((name, value), f"{metapt.flag(name)} is {value!r}")
     assert str(caught.value).startswith(subject) and ", expected" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("solver", ["neumann", "nystrom"])
+def test_a_preconditioner_is_refused_with_solvers_that_have_none(solver):
+    with pytest.raises(metapt.BadInput, match=f"^--preconditioner is 'adam', expected nothing with --solver {solver}$"):
+        metapt.Settings(solver=solver, damping=1.0, preconditioner="adam")
 
 
 def test_settings_become_the_unroll_and_the_solver_field_by_field():
@@ -326,6 +332,39 @@ def test_the_meta_step_hands_everything_to_the_hypergradient_and_its_result_to_a
     assert {int(state["step"]) for state in learner.optimizer.state.values()} == {24}
 
 
+@pytest.mark.parametrize("solver", ["identity", "cg"])
+def test_the_adam_preconditioner_is_the_root_of_the_moments_of_pretraining(monkeypatch, solver):
+    """M = √(s / (1 − β₂ᵗ)) + ε after t = 3 steps, written out from what torch's Adam keeps; before the first step M = 1."""
+    real, scales = metapt.hypergradient, []
+    learner = training(solver=solver, preconditioner="adam", terms=3).best
+    learner.optimizer.param_groups[0]["eps"] = eps = 1e-3  # so large that it tells
+
+    def beside(*args, **options):
+        moments = [s["exp_avg_sq"] for s in learner.optimizer.state_dict()["state"].values()]
+        roots = {i: (s / (1 - 0.999**3)) ** 0.5 + eps for i, s in enumerate(moments)}
+        scales.append(flat(roots) if roots else torch.ones_like(flat(args[3])))
+        drawn, found = torch.get_rng_state(), real(*args, **options)
+
+        def again(preconditioner):
+            torch.set_rng_state(drawn)
+            return real(*args, **{**options, "preconditioner": preconditioner})
+
+        by_hand = again(lambda r: metapt._unflat(flat(r) / scales[-1], r))
+        for name in ("q", "phi"):
+            torch.testing.assert_close(flat(getattr(found, name)), flat(getattr(by_hand, name)))
+        if solver == "identity":
+            torch.testing.assert_close(flat(found.q), flat(again(None).q) / scales[-1])
+        return found
+
+    monkeypatch.setattr(metapt, "hypergradient", beside)
+    learner.meta_step(0.5)
+    assert not learner.optimizer.state_dict()["state"]  # nor has it put anything there
+    for _ in range(3):
+        learner.pretrain_step(0.5)
+    learner.meta_step(0.5)
+    assert learner.meta_steps == len(scales) == 2 and scales[1].max() > 10 * scales[1].min()
+
+
 def test_steps_draw_their_batches_where_the_settings_say_and_see_no_more_than_a_domain_allows(monkeypatch):
     asked = []
     spy(monkeypatch, Toy, "finetune_loss", lambda self, network, head, part, index: asked.append((part, len(index))))
@@ -466,7 +505,8 @@ def test_particles_start_alike_and_come_apart():
     assert len(training(particles="3:0.5,1", learn=False).learners) == 1
 
 
-FULL = {"unroll_steps": 1, "unroll_scope": "all", "particles": "3:0.5,1", "average": 0.5, "cosine": True, "steps": 45}
+FULL = {"unroll_steps": 1, "unroll_scope": "all", "particles": "3:0.5,1", "average": 0.5, "cosine": True, "steps": 45,
+        "preconditioner": "adam"}  # fmt: skip
 
 
 @pytest.mark.parametrize("given", [{}, FULL], ids=["plain", "everything"])

@@ -265,7 +265,7 @@ def whole_run(**given):
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("given", [{}, {"particles": "3:0.5,1", "validate_on": "all", "unroll_scope": "all",
-                                        "hvp": "finite"}])  # fmt: skip
+                                        "hvp": "finite"}, {"preconditioner": "adam"}])  # fmt: skip
 def test_a_run_of_ranks_is_the_run_of_one_process(size, given):
     results = in_ranks(size, lambda: whole_run(**given))
     tolerance = 1e-5 if given else 1e-10
