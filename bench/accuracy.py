@@ -69,7 +69,7 @@ def estimators(p: Problem) -> dict[str, Callable[[], Tensor]]:
             found[f"cg {terms}, Fisher of {examples}"] = lambda t=terms, n=examples: ours(
                 p, Solver("cg", t), preconditioner=peers.fisher(p, min(n, p.examples), 1e-3)
             )
-    found |= preconditioned(p, 1e-3)
+    found |= preconditioned(p, 1e-3) | by_adam(p)
     found["EvoGrad"] = lambda: peers.evograd(p)
     found["EvoGrad, mean of 20"] = lambda: sum(peers.evograd(p, seed) for seed in range(20)) / 20
     if p.pt_steps is not None:
@@ -99,6 +99,17 @@ def preconditioned(p: Problem, fisher: float, damping: float = 0.0) -> dict[str,
     return found
 
 
+def by_adam(p: Problem, damping: float = 0.0) -> dict[str, Callable[[], Tensor]]:
+    """In the metric of Adam's moments, which PT has anyway: what it takes to make them is not counted."""
+    metric = peers.adam_metric(p)
+    found = {"identity, Adam metric": lambda: ours(p, Solver("identity"), preconditioner=metric)}
+    for terms in (2, 5, 10, 20, 50):
+        found[f"cg {terms}, Adam metric"] = lambda t=terms: ours(
+            p, Solver("cg", t, damping=damping), preconditioner=metric
+        )
+    return found
+
+
 def on_digits(p: Problem) -> dict[str, Callable[[], Tensor]]:
     """The estimators for `digits`: the same, with its damping."""
     found = {"identity": lambda: ours(p, Solver("identity")),
@@ -111,7 +122,7 @@ def on_digits(p: Problem) -> dict[str, Callable[[], Tensor]]:
         found[f"cg {terms}, Fisher of {n}"] = lambda n=n, t=terms: ours(
             p, Solver("cg", t, damping=DAMPING), preconditioner=peers.fisher(p, n, DAMPING)
         )
-    return found | preconditioned(p, DAMPING, DAMPING)
+    return found | preconditioned(p, DAMPING, DAMPING) | by_adam(p, DAMPING)
 
 
 @contextlib.contextmanager
@@ -192,13 +203,17 @@ def minibatches(p: Problem, draws: int = 50) -> list[dict]:
 
 
 # What one meta step of an online run may use, and with how much momentum the next goes on from its q; None: afresh.
+# "Adam metric": of the moments of the run's own PT.
 ONLINE = {
     "published: neumann 1, α = PT's": ({"method": "neumann", "terms": 1, "alpha": 3e-3}, None),
     "identity": ({"method": "identity"}, None),
     "identity, finite": ({"method": "identity", "hvp": "finite"}, None),
+    "identity, Adam metric": ({"method": "identity"}, None),
     "cg 3 afresh": ({"method": "cg", "terms": 3}, None),
     "cg 3 afresh, damping 1": ({"method": "cg", "terms": 3, "damping": 1.0}, None),
     "cg 5 afresh": ({"method": "cg", "terms": 5}, None),
+    "cg 3 afresh, Adam metric": ({"method": "cg", "terms": 3}, None),
+    "cg 5 afresh, Adam metric": ({"method": "cg", "terms": 5}, None),
     "carried: cg 1": ({"method": "cg", "terms": 1}, 0.0),
     "carried: cg 2": ({"method": "cg", "terms": 2}, 0.0),
     "carried: neumann 1": ({"method": "neumann", "terms": 1}, 0.0),
@@ -242,11 +257,13 @@ def online(batch: int, damping: float, seed: int = 0, meta_steps: int = 100, nam
         at, rows = {"theta": here, "psi": psi, "phi": detached(phi)}, draw()
         plain = pt_step_flops(p._replace(theta=here), rows)
 
-        def ask(solver, q0=None, at=at, rows=rows, ft_state=ft_state):
+        def ask(solver, q0=None, at=at, rows=rows, ft_state=ft_state, **options):
             return metapt.hypergradient(lambda theta, phi: p.pretrain_loss(theta, phi, rows), p.finetune_loss,
                                         p.validation_loss, **at, unroll=unroll, ft_state=ft_state, solver=solver,
-                                        q0=q0)  # fmt: skip
+                                        q0=q0, **options)  # fmt: skip
 
+        scale = peers.adam_scale(optimizer, theta)
+        metric = {"preconditioner": lambda r, scale=scale: unflat(flat(r) * scale, r)}
         first = ask(Solver("identity"))
         exact = _dense(p, here, at["phi"], flat(first.q), damping)
         for name in names:
@@ -258,7 +275,8 @@ def online(batch: int, damping: float, seed: int = 0, meta_steps: int = 100, nam
                     q0 = unflat(q + momentum * (q - before), here)
                 if momentum is not None and fields["method"] == "neumann" and name not in alphas:
                     alphas[name] = 1 / _curvature(p, here, at["phi"], rows, damping)
-                result = ask(Solver(**{"alpha": alphas.get(name), "damping": damping, **fields}), q0)
+                solver = Solver(**{"alpha": alphas.get(name), "damping": damping, **fields})
+                result = ask(solver, q0, **metric if "Adam" in name else {})
             if momentum is not None:
                 q = flat(result.q)
                 carried[name] = q, carried[name][0] if name in carried else q

@@ -8,6 +8,8 @@ Each function gives dL_V/dφ, flat. A library that is not installed, or fails, i
 """
 
 import contextlib
+import functools
+import inspect
 import io
 import tempfile
 import time
@@ -25,13 +27,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import metapt
-from bench import counting
+from bench import counting, peers, problems
 from bench.domains.ecg import ResNet18
 from bench.plain_resnet import PlainResNet18
 from metapt import Solver, Unroll
 
 HERE = Path(__file__).parent
 STEPS, LR, ALPHA, TERMS = 5, 0.1, 0.05, 10  # K, FT's learning rate, Neumann's step, Neumann terms or CG iterations
+PT_LR = 1e-3  # of PT's Adam, whose moments SAMA uses
 EPS = 1e-12  # of Adam: higher adds it before the bias correction, torch after; so small that it does not matter
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = rich.console.Console(width=130)
@@ -92,16 +95,31 @@ class Task:
     def theta(self) -> dict[str, Tensor]:
         return dict(self.body.named_parameters())
 
+    @functools.cached_property
+    def moments(self) -> tuple[torch.optim.Adam, dict[str, Tensor]]:
+        """Adam after ten steps of PT of a copy of θ, and that copy; θ itself stays."""
+        theta = {name: t.detach().clone().requires_grad_() for name, t in self.theta().items()}
+        optimizer = torch.optim.Adam(theta.values(), PT_LR, eps=EPS)
+        for _ in range(10):
+            optimizer.zero_grad()
+            self.pretrain_loss(theta, {"weights": self.phi}).backward()
+            optimizer.step()
+        return optimizer, theta
+
 
 def ours(task: Task, estimate: str, hvp: str = "exact", of_steps: str | None = None) -> Tensor:
-    """`estimate`: a solver's method, and the optimiser of FT where it is not SGD, as "neumann, Adam". `of_steps`: how the
-    adjoints of FT's steps are made, where it is not as `hvp` says."""
+    """`estimate`: a solver's method, and the optimiser of FT where it is not SGD, as "neumann, Adam"; "sama" is identity
+    preconditioned by all of Adam's step, "Adam metric" by 1 / (√v̂ + ε). `of_steps`: how the adjoints of FT's steps are
+    made, where it is not as `hvp` says."""
     method, _, optimizer = estimate.lower().partition(", ")
+    if metric := method in ("sama", "adam metric"):
+        scale, method = peers.adam_scale(*task.moments, whole=method == "sama"), "identity"
     result = metapt.hypergradient(
         task.pretrain_loss, task.finetune_loss, task.validation_loss,
         {name: t.detach() for name, t in task.theta().items()},
         {name: t.detach() for name, t in task.ft_head.named_parameters()}, {"weights": task.phi},
         unroll=Unroll(STEPS, LR, optimizer=optimizer or "sgd", eps=EPS, hvp=of_steps), solver=Solver(method, TERMS, alpha=ALPHA, hvp=hvp),
+        preconditioner=(lambda r: problems.unflat(problems.flat(r) * scale, r)) if metric else None,
     )  # fmt: skip
     return result.phi["weights"]
 
@@ -141,19 +159,35 @@ def _v(task: Task) -> list[Tensor]:
 
 
 def betty(task: Task, method: str) -> Tensor:
-    """betty-ml's functions, called as its engine calls them, with stand-ins for its two problems."""
+    """betty-ml's functions, called as its engine calls them, with stand-ins for its two problems.
+
+    0.1.1 is what its requirements let Python 3.11 have; 0.2.1, which has SAMA, runs there as well.
+    """
     from betty import hypergradient
 
-    phi = task.phi.clone().requires_grad_()
+    phi, factor = task.phi.clone().requires_grad_(), 1.0
     config = SimpleNamespace(neumann_iterations=TERMS, neumann_alpha=ALPHA, cg_iterations=TERMS, cg_alpha=1.0,
-                             darts_alpha=1e-5)  # fmt: skip
+                             darts_alpha=1e-5, darts_multitask=False, sama_adam_alpha=1e-5, sama_multitask=False)  # fmt: skip
+    parameters = lambda: list(task.theta().values())
     lower = SimpleNamespace(
         paths=[], config=config, cur_batch=None, training_step_exec=lambda batch: task.pretrain_loss_of_modules(phi),
-        trainable_parameters=lambda: list(task.theta().values()), parameters=lambda: list(task.theta().values()),
+        trainable_parameters=parameters, meta_trainable_parameters=parameters, parameters=parameters, _strategy="default",
     )  # fmt: skip
+    if method == "sama" and method in hypergradient.jvp_fn_mapping:
+        optimizer, theta = task.moments
+        states = {id(p): optimizer.state[t] | {"last_grad": t.grad}
+                  for p, t in zip(parameters(), theta.values(), strict=True)}  # fmt: skip
+        (group,), step = optimizer.param_groups, int(optimizer.state[next(iter(theta.values()))]["step"])
+        lower.optimizer = optimizer
+        lower.get_opt_param_group_for_param = lambda p: group
+        lower.get_opt_state_for_param = lambda p: states[id(p)]
+        # It has the rate in, and not the bias correction: a factor alike for all parameters.
+        factor = PT_LR * (1 - group["betas"][0] ** step) / (1 - group["betas"][1] ** step) ** 0.5
     upper = SimpleNamespace(trainable_parameters=lambda: [phi])
-    (found,) = hypergradient.jvp_fn_mapping[method](_v(task), lower, upper)
-    return found
+    function = hypergradient.jvp_fn_mapping[method]
+    sync = [False] if "sync" in inspect.signature(function).parameters else []
+    (found,) = function(_v(task), lower, upper, *sync)
+    return found / factor
 
 
 def torchopt(task: Task, method: str, optimizer: str = "sgd", **options) -> Tensor:
@@ -206,7 +240,12 @@ ENTRIES = {
     "metapt identity, finite": (lambda task: ours(task, "identity", "finite"), "identity"),
     "metapt identity, finite, FT's steps exact": (lambda task: ours(task, "identity", "finite", "exact"), "identity"),
     "betty darts": (lambda task: betty(task, "darts"), "identity"),
-    "betty sama": (lambda task: betty(task, "sama"), "identity"),
+    "metapt sama, finite, FT's steps exact": (lambda task: ours(task, "sama", "finite", "exact"), "sama"),
+    "metapt Adam metric, finite, FT's steps exact": (
+        lambda task: ours(task, "Adam metric", "finite", "exact"),
+        "Adam metric",
+    ),
+    "betty sama": (lambda task: betty(task, "sama"), "sama"),
 }
 
 
@@ -214,7 +253,7 @@ def compare(size: str, repeats: int = 7) -> list[dict]:
     """Agreement, bytes and paired times of every entry, one problem and batch."""
     task = Task(size)
     kept = {name: t.detach().clone() for name, t in task.theta().items()}
-    truth = {estimate: ours(task, estimate) for estimate in ("neumann", "cg", "neumann, Adam", "identity")}
+    truth = {estimate: ours(task, estimate) for estimate in dict.fromkeys(which for _, which in ENTRIES.values())}
     rows, working = [], {}
     for name, (function, method) in ENTRIES.items():
         row = {"size": size, "name": name, "error": None}
@@ -245,7 +284,8 @@ def compare(size: str, repeats: int = 7) -> list[dict]:
     for row in rows:
         if row["name"] in working:
             method = ENTRIES[row["name"]][1]  # betty's darts too keeps the graphs of FT's steps
-            base = f"metapt {method}" + ", finite, FT's steps exact" * (method == "identity")
+            by_differences = method in ("identity", "sama", "Adam metric")
+            base = f"metapt {method}" + ", finite, FT's steps exact" * by_differences
             ratios = np.array(seconds[row["name"]]) / np.array(seconds[base])
             row |= {"time_ratio": float(np.median(ratios)), "time_range": [float(ratios.min()), float(ratios.max())],
                     "bytes_ratio": row["bytes"] / next(r["bytes"] for r in rows if r["name"] == base)

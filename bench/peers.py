@@ -139,6 +139,37 @@ def fisher(p: Problem, examples: int, damping: float, seed: int = 0) -> Callable
     return apply
 
 
+def adam_scale(optimizer: torch.optim.Adam, theta: Params, whole: bool = False) -> Tensor:
+    """1 / (√v̂ + ε), flat, by the moments that torch's Adam has of θ: what its step makes of a change of the first moment,
+    but for the rate.
+
+    `whole`: the derivative of the step by its last gradient, both moments included: so the code of SAMA's authors has it
+    (Choe et al., NeurIPS 2023; betty 0.2.1, which leaves out the bias correction). It may be negative.
+    """
+    (beta1, beta2), eps = (optimizer.param_groups[0][name] for name in ("betas", "eps"))
+    m, s = (flat({n: optimizer.state[t][which] for n, t in theta.items()}) for which in ("exp_avg", "exp_avg_sq"))
+    step = int(optimizer.state[next(iter(theta.values()))]["step"])
+    scale = 1 / ((s / (1 - beta2**step)).sqrt() + eps)
+    if not whole:
+        return scale
+    second = m * flat({n: t.grad for n, t in theta.items()}) * (1 - beta2) / (1 - beta2**step) * scale**2
+    return (1 - beta1 - second) * scale / (1 - beta1**step)
+
+
+def adam_metric(p: Problem, batch: int = 32, draws: int = 200) -> Callable[[Params], Params]:
+    """r → r / (√v̂ + ε), of Adam on mini-batches with θ held by a rate of 0: at a minimum the gradient of all examples is
+    nil, that of a mini-batch is not."""
+    theta, generator = leaves(p.theta), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(theta.values(), 0.0)
+    for _ in range(draws):
+        rows = torch.randperm(p.examples, generator=generator)[:batch]
+        for t, g in zip(theta.values(), grad(p.pretrain_loss(theta, p.phi, rows), theta).values(), strict=True):
+            t.grad = g
+        optimizer.step()
+    scale = adam_scale(optimizer, theta)
+    return lambda r: unflat(flat(r) * scale, r)
+
+
 def kronecker(pt: Modules, corrected: bool = True, fisher: str = "mc") -> Callable[[Params], Params]:
     """r → (K + damping·I)⁻¹r, where K is the Kronecker-factored Fisher of PT, by curvlinops; a penalty is the damping.
 

@@ -134,6 +134,7 @@ FLOORS = {
     ("mlp", "cg 20"): 0.95, ("mlp", "cg 50"): 0.99, ("mlp", "cg 10, Fisher of 50"): 0.95, ("mlp", "neumann 100"): 0.88,
     ("augment", "cg 19, Fisher of 200"): 0.95, ("augment", "cg 50"): 0.95,
     ("early(100)", "cg 20"): 0.84,
+    ("ridge", "identity, Adam metric"): 0.66, ("logistic", "identity, Adam metric"): 0.92, ("ridge", "cg 5, Adam metric"): 0.98,
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 import metapt
-from bench import libraries, problems
+from bench import libraries, peers, problems
 
 # Not betty's cg: its next direction is made from the residual before the step, so it is not conjugate gradients.
 SAME = ["higher, published procedure", "betty neumann", "torchopt neumann", "torchopt cg", "metapt neumann, finite",
@@ -30,6 +30,34 @@ def test_libraries_agree(name):
     truth = libraries.ours(task, method)
     # TorchOpt takes Adam's 1 − β₂ᵗ in the default dtype, float32: off by 1e-5, with float64 as default by 1e-15.
     assert ((found - truth).norm() / truth.norm()).item() < (1e-4 if name == "torchopt neumann, Adam" else 1e-5)
+
+
+def test_sama_is_identity_preconditioned_by_all_of_adams_step():
+    """And the Adam metric, which is its first term, is near it; without the metric the direction is another."""
+    task = libraries.Task("small")
+    whole, metric, identity = (libraries.ours(task, which) for which in ("sama", "Adam metric", "identity"))
+    assert F.cosine_similarity(whole, metric, 0) > 0.98 and F.cosine_similarity(whole, identity, 0) < 0.9
+    hypergradient = pytest.importorskip("betty.hypergradient")
+    if "sama" not in hypergradient.jvp_fn_mapping:
+        pytest.skip("betty-ml 0.2 has it")
+    assert ((libraries.betty(task, "sama") - whole).norm() / whole.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_scales_are_derivatives_of_adams_step(steps):
+    """By autograd through the rule written out, from the moments before the last of `steps` gradients."""
+    draw = torch.Generator().manual_seed(0)
+    theta, gradients = {"w": torch.zeros(6).double()}, torch.randn(steps, 6, generator=draw).double()
+    optimizer = torch.optim.Adam(theta.values(), 0.1, eps=1e-12)
+    for theta["w"].grad in gradients:
+        optimizer.step()
+    g, m, s = gradients[-1].clone().requires_grad_(), 0, 0
+    for each in (*gradients[:-1], g):
+        m, s = 0.9 * m + 0.1 * each, 0.999 * s + 0.001 * each**2
+    root = (s / (1 - 0.999**steps)).sqrt()
+    (whole,) = torch.autograd.grad((m / (1 - 0.9**steps) / root).sum(), g)
+    torch.testing.assert_close(peers.adam_scale(optimizer, theta), 1 / root.detach())
+    torch.testing.assert_close(peers.adam_scale(optimizer, theta, whole=True), whole)
 
 
 def test_a_loop_of_ones_own_takes_kronecker_factors():
