@@ -984,12 +984,12 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         shares = [self.streams[part].n / sum(self.streams[each].n for each in parts) for part in parts]
         return lambda theta, psi: sum(share * loss(theta, psi) for share, loss in zip(shares, losses, strict=True))
 
-    def adam_metric(self, r: Params) -> Params:  # M⁻¹r, M = √v̂ + ε of PT's Adam; 1 where it has no v̂ yet
-        (group,), found = self.optimizer.param_groups, dict(r)
+    def adam_metric(self, r: Params) -> Params:  # M⁻¹r, M = √v̂ + ε of PT's Adam; ε alone before its first step
+        (group,), found = self.optimizer.param_groups, {}
         for name, p in self.network.named_parameters():
-            if state := self.optimizer.state.get(p):
-                unbias = 1 - group["betas"][1] ** state["step"].double()  # which stays where it is: nothing waits
-                found[name] = r[name] / ((state["exp_avg_sq"] / unbias).sqrt() + group["eps"])
+            state = self.optimizer.state[p]
+            unbias = 1 - group["betas"][1] ** state["step"].double().clamp(min=1)  # no wait
+            found[name] = r[name] / ((state["exp_avg_sq"] / unbias).sqrt() + group["eps"])
         return found
 
     def meta_step(self, progress: float) -> None:  # one step on φ, which stays where no hypergradient is finite

@@ -46,7 +46,10 @@ def test_passes_of_losses_have_the_precision_and_all_that_is_kept_is_float32(pre
     assert set(dtypes) == {dtype} and learner.skipped == 0 and learner.meta_steps
     kept = [*learner.network.state_dict().values(), *learner.meta.state_dict().values(), *learner.psi.values()]
     kept += [t for state in learner.optimizer.state.values() for t in state.values()]
-    kept += [learner.ft_states["head"]["exp_avg"], *hypergradient(learner, metapt.Solver("cg", 2, damping=5.0)).q.values()]
+    kept += [
+        learner.ft_states["head"]["exp_avg"],
+        *hypergradient(learner, metapt.Solver("cg", 2, damping=5.0)).q.values(),
+    ]
     assert {t.dtype for t in kept if t.is_floating_point()} == {torch.float32}
     outputs = metapt.call(learner.network, metapt.detached(learner.network), learner.domain.points["test"])
     assert outputs.dtype == torch.float32

@@ -323,9 +323,9 @@ def parted(what: str) -> str:
     if metapt.Ranks().rank == 2:
         tensors = {"θ": one.best.network.head.bias.data, "ψ": one.best.psi["bias"], "φ": one.best.meta.weight.data}
         tensors["θ's buffers"] = one.best.network.encoder[1].running_var
-        tensors |= {f"Adam's {n}": getattr(one.best, n)["exp_avg_sq"] for n in ("ft_state", "head_state")}
+        tensors |= {f"ft_states' {scope}": state["exp_avg_sq"] for scope, state in one.best.ft_states.items()}
         for name in ("optimizer", "meta_optimizer"):
-            tensors[f"Adam's {name}"] = [*getattr(one.best, name).state.values()][-1]["exp_avg"]
+            tensors[name] = [*getattr(one.best, name).state.values()][-1]["exp_avg"]
         if what in tensors:
             tensors[what].reshape(-1)[0].nextafter_(torch.tensor(9.0))
         else:
@@ -337,8 +337,8 @@ def parted(what: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("what", ["θ", "θ's buffers", "ψ", "φ", "the random state", "Adam's optimizer",
-                                  "Adam's meta_optimizer", "Adam's ft_state", "Adam's head_state"])  # fmt: skip
+@pytest.mark.parametrize("what", ["θ", "θ's buffers", "ψ", "φ", "the random state", "optimizer",
+                                  "meta_optimizer", "ft_states' head", "ft_states' all"])  # fmt: skip
 def test_a_rank_that_has_parted_is_named(what):
     name = what.partition("'")[0] + (" (0)" if what != "the random state" else "")
     assert in_ranks(3, parted, what) == [f"at PT step 8 {name} of rank 2 is not that of rank 0"] * 3
@@ -527,7 +527,9 @@ class Lacking(Toy):
         if self.rounds == 25 and self.ranks.rank == 1:
             raise metapt.BadInput("rank 1 lacks something")
 """)  # fmt: skip
-    process = torchrun(tmp_path, 2, metapt.__file__, "meta", f"toy.py:{'Lacking' if end == 'exception' else 'Toy'}", "--out=run", *LONG)
+    process = torchrun(
+        tmp_path, 2, metapt.__file__, "meta", f"toy.py:{'Lacking' if end == 'exception' else 'Toy'}", "--out=run", *LONG
+    )
     try:
         until = time.monotonic() + LIMIT
         while not (tmp_path / "run" / "checkpoint.pt").exists():
