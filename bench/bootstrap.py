@@ -77,7 +77,7 @@ def direction(learner: metapt.Learner) -> dict[str, list[float]]:
         losses = learner.next_loss("meta", 1.0), [learner.next_loss("finetune")], learner.validation_loss()
         drawn.append(metapt.hypergradient(
             *losses, metapt.detached(learner.network), learner.psi, metapt.detached(learner.meta), unroll=settings.unroll,
-            solver=settings.inverse, ft_state=learner.ft_state).phi)  # fmt: skip
+            solver=settings.inverse, ft_state=learner.ft_states[settings.unroll_scope]).phi)  # fmt: skip
     each = {name: torch.stack([phi[name] for phi in drawn]) for name in drawn[0]}
     return {name: (t.mean(0) / t.std(0) * DRAWS**0.5).tolist() for name, t in each.items()}
 
