@@ -122,6 +122,7 @@ class Hypergradient(NamedTuple):
     residual: float
 
 
+@torch.enable_grad()  # whatever the caller's mode
 def hypergradient(
     pretrain_loss: Loss,
     finetune_loss: Loss | Sequence[Loss],
@@ -208,7 +209,7 @@ def hypergradient(
     if not _finite(q=q, phi=hyper, psi_K=psi_k)["phi"]:  # if v = 0, also the pass that the random generators are owed
         pretrain.require_paths("pretrain_loss", point, ("theta", "phi"), allow_unused)
     if residual >= 1:  # a constant text, so that it is shown once
-        warnings.warn("‖Hq − v‖ ≥ ‖v‖: q is no better than 0; where H is indefinite, damping helps", stacklevel=2)
+        warnings.warn("‖Hq − v‖ ≥ ‖v‖: q is no better than 0; where H is indefinite, damping helps", stacklevel=3)
     return Hypergradient(hyper, psi0, value, {name: t.clone() for name, t in psi_k.items()}, q, ft_state, residual)
 
 
@@ -280,7 +281,7 @@ def finetune_step_adjoint(adjoint: Tensor, moments: tuple, g: Tensor, after: dic
 
 def solve(product, v: Tensor, q0: Params | None, solver: Solver, theta: Params, preconditioner):
     """q, qᵀ∇²_θφ L_PT (a plain 0 where q = 0) and ‖Hq − v‖ / ‖v‖ (nan where it would cost a product of its own)."""
-    precondition = (lambda r: _flat(preconditioner(_unflat(r, theta)), theta)) if preconditioner else lambda r: r
+    precondition = lambda r: _flat(preconditioner(_unflat(r, theta)), theta).detach() if preconditioner else r
     q0 = None if q0 is None else _flat(q0, theta).detach()
     if solver.method == "identity":
         q = precondition(v)
@@ -372,7 +373,7 @@ class _Function:
         leaves = {name: t.detach().requires_grad_(name in wrt) for name, t in point.items()}
         device = next(iter(leaves.values())).device
         beside = [] if device.type == "cpu" else [device]  # the CPU's generator is always among those that are kept
-        with torch.random.fork_rng(beside, self.start is not None, device_type=device.type), torch.enable_grad():
+        with torch.random.fork_rng(beside, self.start is not None, device_type=device.type):
             kept = [torch.default_generator, *(torch.get_device_module(d).default_generators[d.index] for d in beside)]
             self.start = self.start or [generator.get_state() for generator in kept]
             for generator, state in zip(kept, self.start, strict=True):
@@ -410,8 +411,7 @@ class _Derivatives:
         if solver.hvp == "exact":  # one graph of the gradient, as a vector, serves every direction
             value, self.leaves = function.graph(point, point)
             gradient = _grad(value, {name: self.leaves[name] for name in moving}, create_graph=True)
-            with torch.enable_grad():
-                self.graph = _flat(gradient)
+            self.graph = _flat(gradient)
 
     def gradient(self) -> Params:
         if self.graph is None:

@@ -577,6 +577,14 @@ def test_arguments_are_left_as_they_were(method, hvp, as_parameters):
     assert not any(t.requires_grad for t in results)
 
 
+@pytest.mark.parametrize("method", ["identity", "cg"])
+def test_results_are_detached_where_what_a_preconditioner_gives_is_not(method):
+    problem, scale = network(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    scaled = lambda r: {name: scale * t for name, t in r.items()}
+    found = run(problem, solver=Solver(method, 3, damping=1.0), preconditioner=scaled)
+    assert not any(t.requires_grad for field in FIELDS for t in getattr(found, field).values())
+
+
 @pytest.mark.parametrize("hvp", ["exact", "finite"])
 @pytest.mark.parametrize("which", LOSSES)
 def test_a_loss_that_raises_leaves_arguments_as_they_were_and_the_generator_after_one_pass(which, hvp):
