@@ -2071,7 +2071,7 @@ def download(context: typer.Context, data_set: Annotated[str, typer.Argument(hel
     status = Ranks().first(lambda: subprocess.run([sys.executable, str(script), *context.args], check=False).returncode)
     with contextlib.suppress(KeyboardInterrupt):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    raise SystemExit(status)
+    return status
 
 
 def train(command: str, kind: type[Domain], ask) -> None:  # `pretrain` and `meta`
@@ -2364,7 +2364,6 @@ def join_ranks() -> None:  # of torchrun, by gloo; between GPUs, of which each r
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(days=1))  # it is torchrun that sees who has died
-        atexit.register(distributed.destroy_process_group)  # whose threads may still need Python
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # and then ends the others
         told, tell = os.pipe()  # where the main thread, which answers signals, waits for such a rank, another does
         os.set_blocking(tell, False)
@@ -2373,10 +2372,15 @@ def join_ranks() -> None:  # of torchrun, by gloo; between GPUs, of which each r
         sys.stdout = io.StringIO() if Ranks().rank else sys.stdout
 
 
+def leave_ranks(status: int = 0) -> None:  # at exit, before Python ends: gloo's threads, which hold its objects, abort
+    if distributed.is_available() and distributed.is_initialized():
+        atexit.register(lambda: (status or distributed.destroy_process_group(), sys.stdout.flush(), os._exit(status)))
+
+
 def first_to_end(status: int) -> bool:  # of the ranks: it says why, the others end because it did
     if Ranks().size == 1:
         return True
-    atexit.register(os._exit, status)  # it comes first: to destroy the group the others would be waited for
+    leave_ranks(status)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     with contextlib.suppress(RuntimeError):
@@ -2409,6 +2413,7 @@ def main() -> None:
             raise
     if message and first_to_end(status):
         print(f"metapt: {' '.join(message.split())}", file=sys.stderr)
+    leave_ranks(status)
     sys.exit(status)
 
 

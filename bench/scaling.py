@@ -325,6 +325,7 @@ def share():
     rows = measure_share()
     if not metapt.Ranks().rank:
         print(json.dumps(rows))
+    metapt.leave_ranks()
 
 
 @app.command()

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 import traceback
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -412,31 +411,22 @@ def test_what_is_wrong_here_is_not_said_to_be_another_ranks_end(error, ended, mo
         assert ended or raised.value is error
 
 
-def threads() -> list[str]:
-    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-
-
-def exit_functions(failed: bool) -> tuple:
-    """What stands when Python is about to end: gloo's threads before and after, and how the process left."""
+def leaving(status: int) -> tuple:
+    """How a rank leaves, whether its group stands then, and what waits to be written."""
     atexit._clear()  # those of this process's parent
     metapt.join_ranks()
     metapt.Ranks().objects(0)
-    left, before = [], threads()
-    with mock.patch("os._exit", side_effect=lambda status: left.append((status, threads()))):
-        if failed:
-            metapt.first_to_end(2)
+    with mock.patch("os._exit") as left, mock.patch("sys.stdout") as out:
+        (metapt.first_to_end if status else metapt.leave_ranks)(status)
+        assert not left.called
         atexit._run_exitfuncs()
-    return before, threads(), left
+    return [call.args for call in left.call_args_list], torch.distributed.is_initialized(), out.flush.called
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-@pytest.mark.parametrize("failed", [False, True])
-def test_gloos_threads_end_before_python_does_and_what_failed_waits_for_none(failed):
-    """They hold objects of Python's, and would abort the process as they give them back to an interpreter that ends."""
-    for before, after, left in in_ranks(2, exit_functions, failed):
-        assert "pt_gloo_runloop" in before
-        assert "pt_gloo_runloop" not in after
-        assert [(status, "pt_gloo_runloop" in running) for status, running in left] == [(2, True)] * failed
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_rank_leaves_before_python_ends_and_what_failed_waits_for_none(status):
+    """Threads of gloo hold objects of Python's, and would abort the process in an interpreter that ends."""
+    assert in_ranks(2, leaving, status) == [([(status,)], status != 0, True)] * 2
 
 
 def chosen() -> list:
