@@ -151,9 +151,8 @@ def hypergradient(
         finetune_loss: L_FT(theta, psi): one callable for all K steps, or a sequence of K.
         theta, psi, phi: θ*, ψ_0 and φ, by name. They are never changed, not even for a moment.
         q0: an earlier q to start from. "cg" spends one product more to learn where it stands. "neumann" spends `terms`
-            products (at least one) on as many steps q ← q + α(v − Hq); hypergradient and residual belong to the last
-            q that a product was taken of, and the step that this product allows is made in the q that is returned
-            (SOBA, Dagréou et al., NeurIPS 2022). Spread over many calls, a solve costs each one product: two passes.
+            products (at least one), a step q ← q + α(v − Hq) each; hypergradient and residual are those of the q before
+            the last step, the q returned is that after it (SOBA, Dagréou et al., NeurIPS 2022): one product a call does.
         ft_state: the FT optimiser's state, as an earlier call returned it; None or {}: a fresh one. From fresh moments
             Adam's first step is lr·g/(|g| + ε), through which next to no gradient flows.
         preconditioner: r → M⁻¹r by the names of theta, M symmetric positive definite ("cg" and "identity").
@@ -595,10 +594,10 @@ class Settings:
     measure_batch_size: int = option(64, "Its examples a step", MEASURING, AT_LEAST_1)
 
     def __init_subclass__(cls, **defaults):
-        inherited = {f.name: f for f in dataclasses.fields(cls.__base__)}
-        cls.__annotations__ = inspect.get_annotations(cls) | {name: inherited[name].type for name in defaults}
+        fields = cls.__base__.__dataclass_fields__  # a new default is the inherited field, declared again
+        cls.__annotations__ = inspect.get_annotations(cls) | {name: fields[name].type for name in defaults}
         for name, value in defaults.items():
-            setattr(cls, name, dataclasses.field(default=value, metadata=inherited[name].metadata))
+            setattr(cls, name, dataclasses.field(default=value, metadata=fields[name].metadata))
         dataclass(frozen=True)(cls)
         for name, kind in get_type_hints(cls).items():  # where annotations are text
             cls.__dataclass_fields__[name].type = kind
@@ -876,7 +875,7 @@ CHECKPOINT_EVERY = 20  # rounds of P PT steps
 HELD_OUT, FOLDS = 1000, 5  # from so many FT examples a fifth of them is kept from learning φ
 
 
-def held_out(domain: "Domain") -> int:  # how many FT examples, the last, say whether the learned φ is worth it
+def held_out(domain: Domain) -> int:  # how many FT examples, the last, say whether the learned φ is worth it
     n = domain.sizes["finetune"]
     return n // FOLDS if n >= HELD_OUT else 0
 
@@ -945,9 +944,9 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
 
     def next_loss(self, stream: str, progress: float = 0.0, live: bool = False) -> Loss:
         """On the next batch of a stream; with ranks on a part of it, so weighed that their sum is that."""
-        batch, (rank, size) = self.streams[stream].next(), (self.ranks.rank, self.ranks.size)
-        index, index.on_host = (rows.tensor_split(size)[rank] for rows in (batch, batch.on_host))
-        share = index.share = len(index) / len(batch)  # where L_PT is no mean over examples, a domain asks for it
+        batch, own = self.streams[stream].next(), lambda rows: rows.tensor_split(self.ranks.size)[self.ranks.rank]
+        index, share = own(batch), len(own(batch)) / len(batch)
+        index.on_host, index.share = own(batch.on_host), share  # for a domain whose L_PT is no mean over examples
         with self.ranks.own():
             if stream in ("pretrain", "meta"):
                 loss = self.domain.pretrain_loss(self.network, self.meta, index, progress, live)
@@ -1295,11 +1294,11 @@ def difference_rows(domain: Domain, results: dict, methods: list[str], examples:
     rows = []
     for (part, metric), n, method in itertools.product(domain.tests.items(), examples, methods[1:]):
         pairs = zip(results[method, n], results[methods[0], n], strict=True)
-        mean, stderr = mean_and_error(gains := [ours.scores[part] - base.scores[part] for ours, base in pairs]).values()
-        half = None if stderr is None or mean is None else float(t.ppf(0.975, len(gains) - 1)) * stderr
-        low, high = (None, None) if half is None else (mean - half, mean + half)
+        gains = [ours.scores[part] - base.scores[part] for ours, base in pairs]
+        mean, stderr = mean_and_error(gains).values()
+        half = math.nan if mean is None or stderr is None else float(t.ppf(0.975, len(gains) - 1)) * stderr
         rows.append({"method": method, "versus": methods[0], "ft_examples": n, "metric": metric, "mean": mean,
-                     "low": low, "high": high})  # fmt: skip
+                     "low": finite_or_none((mean or 0) - half), "high": finite_or_none((mean or 0) + half)})  # fmt: skip
     return rows
 
 
@@ -1769,7 +1768,9 @@ class Run:  # a folder: config.json, metrics.jsonl, checkpoint.pt, summary.json,
         return len(found) == until
 
     def history(self, content: bytes | None = None) -> list[dict]:  # the rows of metrics.jsonl, whole lines
-        rows, content = [], content or (self.metrics.read_bytes() if self.metrics.exists() else b"")
+        if content is None:
+            content = self.metrics.read_bytes() if self.metrics.exists() else b""
+        rows = []
         for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
             with refusing(f"{self.metrics}: line {number} is no row of metrics", (*UNREADABLE, TypeError)):
                 rows.append(dict(json.loads(line)))
@@ -2039,7 +2040,7 @@ def make_command(command: str, kind: type[Domain] | None = None):
         what += (f" Options of {identity(kind)['domain']}, with their defaults; name another domain to see its own. "
                  f"Presets: {', '.join(['default', *kind.presets])}.")  # fmt: skip
     for f in fields:
-        names = f"{flag(f.name)}/--no-{f.name}" if f.default is True else flag(f.name)
+        names = f"{flag(f.name)}/{flag(f'no_{f.name}')}" if f.default is True else flag(f.name)
         default = f.default if kind else {"compare": 5}.get(f.name, "the run's")
         words = f"{f.metadata.get('help', '')} \\[{'none' if default in (None, '') else default}]"
         shown = typer.Option(names, help=words, rich_help_panel=f.metadata.get("panel", OWN))
@@ -2124,8 +2125,8 @@ def choose(domain: Domain, methods: dict, examples: int, advance) -> tuple[dict,
     found = compare(domain, methods, [examples], domain.settings.compare, advance, held_score)
     held = {method: scores for (method, _), scores in found.items()}
     gains = {method: mean_and_error(np.subtract(scores, held["default_phi"])) for method, scores in held.items()}
-    chosen = max(gains, key=lambda method: gains[method]["mean"] or 0.0)  # the default where there is nothing in it
-    best = max(("learned_phi", "online"), key=lambda m: -math.inf if (g := gains[m]["mean"]) is None else g)
+    gain = lambda method: -math.inf if gains[method]["mean"] is None else gains[method]["mean"]
+    chosen, best = max(gains, key=gain), max(("learned_phi", "online"), key=gain)  # of equals the first, the default
     mean, error = gains[best].values()
     points = "an unknown number of" if mean is None else f"{100 * mean:+.1f}"
     points += "" if error is None else f" ± {100 * error:.1f}"
@@ -2190,7 +2191,7 @@ def reopened(run: Run, named: str | None, given: dict, device: str, ask) -> Doma
 
 
 def phi_of(folder: Path, config: dict, domain: Domain, console) -> dict:  # that a run learned
-    theirs, content = (teacher := Run(folder)).config(), teacher.checkpoint()
+    theirs, content = Run(folder).config(), Run(folder).checkpoint()
     if theirs["domain"] != config["domain"]:
         raise BadInput(f"{folder} is of the domain {theirs['domain']}, not {config['domain']}")
     if theirs["data"] != config["data"]:
@@ -2302,11 +2303,10 @@ def measure_runs(command: str, ask) -> None:  # `finetune` and `eval`
         raise BadInput(f"--compare is {seeds}, expected 1 or more here")
     if export := ask.export and ask.export.resolve():
         home = run_around(export) or (ask.out and ask.out.resolve() in export.parents and ask.out)
-        reasons = {f"it lies in the run {home}": home, f"{export.parent} is no folder": not export.parent.is_dir(),
-                   "it is there already (--force replaces a file)":
-                   export.exists() and not (ask.force and export.is_file())}  # fmt: skip
-        if reason := next(filter(reasons.get, reasons), None):
-            raise BadInput(f"{ask.export} cannot be written: {reason}")
+        there = export.exists() and not (ask.force and export.is_file())
+        if home or there or not export.parent.is_dir():
+            reason = "it is there already (--force replaces a file)" if there else f"{export.parent} is no folder"
+            raise BadInput(f"{ask.export} cannot be written: {f'it lies in the run {home}' if home else reason}")
     torch.set_num_threads(domain.threads or torch.get_num_threads())
     config = {"command": command, **identity(type(domain)), "runs": [str(path) for path in paths], "sizes": sizes,
               "seeds": seeds, "settings": dataclasses.asdict(domain.settings)}  # fmt: skip
@@ -2365,7 +2365,7 @@ def join_ranks() -> None:  # of torchrun, by gloo; between GPUs, of which each r
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(days=1))  # it is torchrun that sees who has died
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # and then ends the others
-        told, tell = os.pipe()  # where the main thread, which answers signals, waits for such a rank, another does
+        told, tell = os.pipe()  # for a thread that ends the process where the main one waits for a rank that is gone
         os.set_blocking(tell, False)
         signal.set_wakeup_fd(tell)
         threading.Thread(target=lambda: (os.read(told, 1), time.sleep(25), os._exit(1)), daemon=True).start()
@@ -2402,7 +2402,7 @@ def main() -> None:
             message = misplaced(error.option_name, sys.argv[1:])
     except OSError as error:  # a file in a folder's place, a disk that is full
         status, message = 1 if error.errno in (*FULL, errno.EPIPE, errno.EIO, errno.ENOMEM) else 2, str(error)
-    except (Failed, KeyboardInterrupt, typer.Abort,
+    except (Failed, KeyboardInterrupt, typer.Abort,  # and a compiler's error, without importing torch._dynamo
             getattr(sys.modules.get("torch._dynamo.exc"), "BackendCompilerFailed", Failed)) as error:  # fmt: skip
         status, message = 1, str(getattr(error, "inner_exception", error)).partition("\n")[0] or "stopped"
     except Exception as error:

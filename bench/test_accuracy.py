@@ -177,6 +177,8 @@ def test_all_kronecker_factors_but_those_that_point_elsewhere_have_a_floor():
                if "KFAC" in row["estimator"] and row["cosine"] >= 0.3}  # fmt: skip
     assert set(cosines) == set(KRONECKER_FLOORS)
     assert all(cosine - 0.03 < KRONECKER_FLOORS[row] <= cosine for row, cosine in cosines.items())
+    (cost,) = (row["pt_steps"] for row in stored["digits"] if row["estimator"] == "identity, EKFAC")
+    assert cost == pytest.approx(19.15, rel=0.01)  # without opt_einsum, which curvlinops requires, it is 20.4
 
 
 @pytest.mark.parametrize("name", problems.FROZEN)

@@ -776,3 +776,8 @@ def test_the_scripts_own_requirements_are_those_of_the_project():
     text = (ROOT / "metapt.py").read_text()
     imported = set(re.findall(r"^ *(?:import|from) (\w+)", text, re.MULTILINE)) - set(metapt.sys.stdlib_module_names)
     assert imported - {"scipy"} == names  # scipy comes with scikit-learn
+
+
+def test_a_setting_that_is_on_is_turned_off_by_an_option_with_hyphens():
+    (option,) = (p for p in metapt.command_line(["meta", "ppi"]).commands["meta"].params if p.name == "base_rates")
+    assert (option.opts, option.secondary_opts) == (["--base-rates"], ["--no-base-rates"])

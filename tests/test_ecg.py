@@ -355,12 +355,15 @@ def test_the_target_follows_the_online_network_a_step_behind_and_is_no_part_of_t
 
     assert "target" in network.state_dict() and "target" not in dict(network.named_parameters())
     target = online()
+    norm = network.encoder.stem[1]
+    seen = norm.num_batches_tracked.item()
     for _ in range(4):
         target = 0.8 * target + 0.2 * online()
         expected.append(target)
         learner.pretrain_step(1.0)
         torch.testing.assert_close(network.target, expected[-1])
         assert not torch.allclose(network.target, online(), atol=1e-3)
+    assert norm.num_batches_tracked == seen + 2 * 4  # two views a step: the target's passes change no statistics
     before = {name: b.clone() for name, b in network.named_buffers()}
     learner.meta_step(1.0)
     assert all(torch.equal(b, before[name]) for name, b in network.named_buffers())

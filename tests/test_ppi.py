@@ -458,11 +458,14 @@ def test_the_target_follows_the_encoder_a_step_behind_and_is_no_part_of_theta(ho
     learner = metapt.Learner(make(home, ppi.BGRL, momentum=0.8, lr=1e-2))
     network, target = learner.network, flat(learner.network.encoder)
     assert "target" in network.state_dict() and "target" not in dict(network.named_parameters())
+    norm = network.encoder.last
+    seen = norm.num_batches_tracked.item()
     for _ in range(4):
         target = 0.8 * target + 0.2 * flat(network.encoder)
         learner.pretrain_step(1.0)
         torch.testing.assert_close(network.target, target)
         assert not torch.allclose(network.target, flat(network.encoder), atol=1e-3)
+    assert norm.num_batches_tracked == seen + 2 * 4  # two views a step: the target's passes change no statistics
     before = {name: b.clone() for name, b in network.named_buffers()}
     learner.meta_step(1.0)
     assert all(torch.equal(b, before[name]) for name, b in network.named_buffers())
