@@ -798,6 +798,10 @@ class Domain(abc.ABC):
     def decorate(self, axis) -> None: ...  # adds to the figure of φ along the run what only the domain knows
 
 
+def on_cuda(domain: Domain) -> bool:  # else CUDA is not to be touched
+    return domain.device.type == "cuda"
+
+
 def on_host(index: Tensor) -> Tensor:  # `index` on the CPU; of a mini-batch without waiting for the device
     return index.on_host if hasattr(index, "on_host") else index.cpu()
 
@@ -867,7 +871,6 @@ def read_prepared(folder: Path, form: str, prepared_by: str, facts: dict, layout
 import copy
 import time
 
-from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 MANY_SKIPPED = 10  # meta steps in a row without a finite hypergradient: the run has failed
@@ -912,8 +915,9 @@ def with_moments(optimizer: torch.optim.Adam) -> torch.optim.Adam:  # from the s
 
 
 class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, their optimisers, the place in the data
-    MODULES = ("network", "meta", "average", "optimizer", "meta_optimizer")
-    VALUES = ("psi", "ft_states", "recent", "skipped", "skipped_in_a_row", "meta_steps", "number", "losses")
+    MODULES = ("network", "meta", "optimizer", "meta_optimizer")
+    VALUES = ("psi", "ft_states", "average", "averaged", "recent", "skipped", "skipped_in_a_row", "meta_steps", "number",
+              "losses")  # fmt: skip
 
     def __init__(self, domain: Domain):
         settings = self.settings = domain.settings
@@ -926,7 +930,8 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         rates = domain.phi_rates(self.meta)  # at first: `meta_step` lowers them
         groups = [{"params": [p], "initial_lr": rates[name]} for name, p in self.meta.named_parameters()]
         self.meta_optimizer = with_moments(torch.optim.Adam(groups, betas=(0.9, 0.99)))
-        self.average = AveragedModel(self.meta, avg_fn=lambda mean, phi, n: mean + (phi - mean) / (n + 1))
+        self.average = {name: torch.zeros_like(p) for name, p in detached(self.meta).items()}
+        self.averaged = 0  # so many φ of the run's end
         sizes = {**domain.sizes, "meta": domain.sizes["pretrain"], **domain.access}
         sizes["finetune"] = min(sizes["finetune"], domain.sizes["finetune"] - held_out(domain))
         batches = {"pretrain": settings.batch_size, "meta": settings.meta_batch_size,
@@ -1017,14 +1022,18 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         self.meta_optimizer.step()
         domain.explore(self.meta, progress)
         if progress >= 1 - settings.average:
-            self.average.update_parameters(self.meta)
+            self.averaged += 1
+            for name, p in detached(self.meta).items():
+                self.average[name] = self.average[name] + (p - self.average[name]) / self.averaged
         self.skipped_in_a_row, self.meta_steps = 0, self.meta_steps + 1
         value = result.value.clone()  # which may be a view of much more
         self.losses |= {"validation_loss": value, "residual": result.residual}
         self.recent = [*self.recent[-9:], value]
 
     def learned(self) -> nn.Module:  # φ, or its average over the end of the run where that was asked for
-        return copy.deepcopy(self.average.module if self.average.n_averaged else self.meta)
+        meta = copy.deepcopy(self.meta)
+        meta.load_state_dict({**meta.state_dict(), **(self.average if self.averaged else {})})
+        return meta
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name).state_dict() for name in self.MODULES}
@@ -1125,7 +1134,7 @@ class Training:
     def state_dict(self) -> dict:
         state = {"learners": [learner.state_dict() for learner in self.learners]}
         return state | {"step": self.step, "seconds": self.seconds, "random": torch.get_rng_state(),
-                        "cuda_random": torch.cuda.get_rng_state_all()}  # fmt: skip
+                        "cuda_random": torch.cuda.get_rng_state_all() if on_cuda(self.domain) else []}  # fmt: skip
 
     def written(self) -> dict:  # what `state_dict` can give, for `as_written`
         finite = lambda value: type(value) is float and math.isfinite(value)
@@ -1134,15 +1143,14 @@ class Training:
         permutation = lambda n: lambda t: alike(t, torch.arange(n)) and torch.equal(t.sort()[0], torch.arange(n))
         known = self.state_dict() | {"step": whole(0, self.settings.steps), "seconds": finite, "cuda_random": list}
         for learner, ours in zip(self.learners, known["learners"], strict=True):
-            for name in ("network", "meta", "average"):  # a buffer may hold what is not finite, such as a mask
+            for name in ("network", "meta"):  # a buffer may hold what is not finite, such as a mask
                 masks = {key: b for key, b in getattr(learner, name).named_buffers() if not b.isfinite().all()}
                 ours[name] |= {key: functools.partial(alike, b) for key, b in masks.items() if key in ours[name]}
             for name in ("optimizer", "meta_optimizer"):
                 states, groups = ours[name]["state"], ours[name]["param_groups"]
                 ours[name] = {"state": {i: state | {"step": count} for i, state in states.items()},
                               "param_groups": [group | {"lr": finite} for group in groups]}  # fmt: skip
-            ours["average"]["n_averaged"] = count
-            ours |= dict.fromkeys(("skipped", "skipped_in_a_row", "meta_steps", "number"), whole())
+            ours |= dict.fromkeys(("averaged", "skipped", "skipped_in_a_row", "meta_steps", "number"), whole())
             ours |= {"recent": lambda losses: type(losses) is list and all(map(finite, losses)) and len(losses) <= 10,
                      "losses": dict.fromkeys(learner.losses, float),
                      "ft_states": {scope: state | {"step": whole()} for scope, state in ours["ft_states"].items()},
@@ -1160,7 +1168,8 @@ class Training:
         with refusing("random", RuntimeError, ValueError):
             torch.set_rng_state(state["random"].cpu())
         states, count = [random.cpu() for random in state["cuda_random"]], torch.cuda.device_count()
-        torch.cuda.set_rng_state_all(states[:count] if self.domain.ranks.size == 1 else states[:1] * count)
+        if on_cuda(self.domain):
+            torch.cuda.set_rng_state_all(states[:count] if self.domain.ranks.size == 1 else states[:1] * count)
 
 
 def check_losses(learner: Learner, learn: bool) -> None:  # BadInput where a loss depends on none of θ, φ or ψ
@@ -1169,7 +1178,7 @@ def check_losses(learner: Learner, learn: bool) -> None:  # BadInput where a los
     few = torch.arange(min(2, *domain.sizes.values()), device=domain.device)
     theta, phi, psi = ({name: p.clone().requires_grad_() for name, p in params.items()}
                        for params in (detached(network), detached(learner.meta), learner.psi))  # fmt: skip
-    with torch.random.fork_rng():  # so that a run's numbers are as without this
+    with torch.random.fork_rng([domain.device] * on_cuda(domain)):  # so that a run's numbers are as without this
         domain.begin_episode(learner.meta)
         pretrain = domain.pretrain_loss(network, learner.meta, few, 0.0, live=False)(theta, phi)
         finetune = domain.finetune_loss(network, learner.head, "finetune", few)(theta, psi)
@@ -2244,7 +2253,7 @@ def follow(training: Training, run: Run, console) -> None:  # with bar, metrics,
 
 def validation_loss(domain: Domain, learner: Learner) -> float:  # over the whole part, with the θ and ψ of the end
     index = torch.arange(domain.sizes["validation"], device=domain.device)
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng([domain.device] * on_cuda(domain)):
         torch.manual_seed(domain.settings.seed)
         domain.begin_episode(learner.meta)  # the same after a resume
         loss = domain.finetune_loss(learner.network, learner.head, "validation", index)
@@ -2358,6 +2367,15 @@ def misplaced(option: str, words: list[str]) -> str:  # where an option that a c
     return f"{option} belongs to {', '.join(owners)}, not to {command}" if owners else f"no such option: {option}"
 
 
+def end_in_time(told: int) -> None:  # a thread: torchrun kills what has not ended 30 s after its signal
+    while os.read(told, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
+        pass
+    time.sleep(25)
+    if not Ranks().rank:
+        print("metapt: stopped, without another checkpoint: a rank waited for 25 s", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def join_ranks() -> None:  # of torchrun, by gloo; between GPUs, of which each rank has its own, by NCCL
     if distributed.is_available() and distributed.is_torchelastic_launched():
         if torch.cuda.is_available():
@@ -2368,7 +2386,7 @@ def join_ranks() -> None:  # of torchrun, by gloo; between GPUs, of which each r
         told, tell = os.pipe()  # for a thread that ends the process where the main one waits for a rank that is gone
         os.set_blocking(tell, False)
         signal.set_wakeup_fd(tell)
-        threading.Thread(target=lambda: (os.read(told, 1), time.sleep(25), os._exit(1)), daemon=True).start()
+        threading.Thread(target=end_in_time, args=[told], daemon=True).start()
         sys.stdout = io.StringIO() if Ranks().rank else sys.stdout
 
 

@@ -8,8 +8,12 @@ A part writes what it has after each row, and what went wrong in a row; another 
 graphs are taken where --data has them, made-up ones of the published sizes elsewhere.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,12 +22,12 @@ import time
 import traceback
 from pathlib import Path
 from typing import Annotated
+from unittest import mock
 
 import rich.console
 import torch
 import torch.nn.functional as F
 import typer
-from torch.overrides import TorchFunctionMode
 
 import metapt
 from bench import counting, made_up, scaling
@@ -94,7 +98,7 @@ def learner_of(domain: metapt.Domain) -> metapt.Learner:
 def tests(bench: Bench) -> None:
     def work():
         where = ["tests/test_ecg.py"] if bench.small else ["tests"]
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "cuda", *where], check=False, cwd=HERE.parent,
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "cuda", "--continue-on-collection-errors", *where], check=False, cwd=HERE.parent,
                               capture_output=True, text=True)  # fmt: skip
         return {"status": done.returncode, "summary": done.stdout.splitlines()[-1:],
                 "failed": [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]}  # fmt: skip
@@ -102,20 +106,27 @@ def tests(bench: Bench) -> None:
     bench.note("pytest -m cuda", work)
 
 
-class SameDraws(TorchFunctionMode):
-    """Random numbers come from the CPU's generator whatever the device, so that both see the same."""
+@contextlib.contextmanager
+def same_draws():
+    """Random numbers come from the CPU's generator whatever the device, so that both see the same. Patched, as a mode of torch's
+    is off where `checkpoint` runs a forward pass again within a backward one."""
+    real = {"rand": torch.rand, "randn": torch.randn}
 
-    def __torch_function__(self, function, types, arguments=(), options=None):
-        options, name = dict(options or {}), getattr(function, "__name__", "")
-        if name in ("rand", "randn") and "generator" not in options:
-            return function(*arguments, **{**options, "device": "cpu"}).to(options.get("device") or "cpu")
-        if name in ("rand_like", "randn_like"):
-            like = arguments[0]
-            return getattr(torch, name.removesuffix("_like"))(*like.shape, dtype=like.dtype).to(like.device)
-        if name == "dropout":
-            x, p, training = [*arguments, *options.values()][:3]
-            return x * (torch.rand(*x.shape) >= p).to(x.device) / (1 - p) if training else x
-        return function(*arguments, **options)
+    def drawn(name, *size, device=None, **options):
+        if options.get("generator") is not None:
+            return real[name](*size, device=device, **options)
+        return real[name](*size, **options).to(device or "cpu")
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        return x * (real["rand"](*x.shape) >= p).to(x.device) / (1 - p) if training else x
+
+    with contextlib.ExitStack() as patched:
+        for name, make in real.items():
+            like = lambda x, make=make, **options: make(*x.shape, dtype=x.dtype).to(x.device)
+            patched.enter_context(mock.patch.object(torch, name, functools.partial(drawn, name)))
+            patched.enter_context(mock.patch.object(torch, f"{name}_like", like))
+        patched.enter_context(mock.patch.object(F, "dropout", dropout))
+        yield
 
 
 def agree(bench: Bench) -> None:
@@ -136,7 +147,7 @@ def agree(bench: Bench) -> None:
                     learner.meta.load_state_dict(first.meta.state_dict())
                     domain, to = learner.domain, learner.domain.device
                     here = {part: index.to(to) for part, index in at.items()}
-                    with SameDraws():
+                    with same_draws():
                         torch.manual_seed(1)
                         result = metapt.hypergradient(
                             domain.pretrain_loss(learner.network, learner.meta, here["meta"], 1.0, live=False),
@@ -177,13 +188,17 @@ def rounds(bench: Bench, name: str, given: dict, published: dict, repeats: int) 
 
         bench.note(f"{name}, {what}", work)
 
-    for way, options in WAYS.items():
-        if bench.small and options.get("compile"):  # whose compiler takes minutes on a CPU
-            continue
-        options = {**options, **({"hvp": "finite"} if options.get("compile") else {})}
-        measured(f"here, {way}", lambda options=options: learner_of(bench.domain(name, **{**given, **options})))
+    def here(compiled):
+        for way, options in WAYS.items():
+            if options.get("compile", False) == compiled:
+                options = {**options, **({"hvp": "finite"} if compiled else {})}
+                measured(f"here, {way}", lambda options=options: learner_of(bench.domain(name, **{**given, **options})))
+
+    here(False)
     for what, make in published.items():
         measured(what, make)
+    if not bench.small:  # last: compiling takes minutes, on a CPU more than there are
+        here(True)
 
 
 def ecg(bench: Bench) -> None:
@@ -234,7 +249,9 @@ def profile(bench: Bench) -> None:
                     getattr(learner, step)(0.5)
                 # The profiler waits itself when it ends, once or twice: not the step's.
                 events = profiled.events()
-                kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+                # Annotations, such as an optimiser's step, span kernels that are there themselves.
+                kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA
+                           and not getattr(event, "is_user_annotation", False)]  # fmt: skip
                 counts = {key: sum(event.name == key for event in events) for key in sorted(waiting)}
                 return {"seconds": statistics.median(seconds), **counts, "kernels": len(kernels),
                         "kernel_seconds": sum(event.device_time for event in kernels) / 1e6,
@@ -293,10 +310,13 @@ def main(
     options = ["--device", device, "--out", str(out.resolve()), "--data", str(data.resolve()), *["--small"] * small]
     for name, seconds in SECONDS.items():
         command = [sys.executable, "-m", "bench.cuda", "--part", name, *options]
+        process = subprocess.Popen(command, cwd=HERE.parent, start_new_session=True)
         try:
-            status = subprocess.run(command, check=False, cwd=HERE.parent, timeout=seconds).returncode
+            status = process.wait(seconds)
             console.print(f"{name}: {'done' if status == 0 else f'status {status}'}")
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it has started, which would slow the next down
+            process.wait()
             console.print(f"{name}: stopped after {seconds} s; the rows until then are kept")
     print(table(out))
 

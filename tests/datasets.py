@@ -16,7 +16,6 @@ import numpy as np
 import pandas
 import pytest
 import torch
-import wfdb
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "data_scripts"))
@@ -37,6 +36,8 @@ def beat(ecg_id: int) -> np.ndarray:
 
 
 def write_record(folder: Path, name: str, samples: np.ndarray, leads=LEADS, gain=1000.0, baseline=None) -> None:
+    import wfdb  # here, as other tests of a machine without it need none
+
     n = samples.shape[1]
     wfdb.wrsamp(name, fs=100, units=["mV"] * n, sig_name=list(leads), d_signal=samples, fmt=["16"] * n,
                 adc_gain=[gain] * n, baseline=baseline or [0] * n, write_dir=str(folder))  # fmt: skip

@@ -43,6 +43,7 @@ def play(rank, size, port, found, work, arguments):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
                    "GLOO_SOCKET_IFNAME": LOOPBACK}  # fmt: skip
+    torch.cuda.is_available = lambda: False  # which a fork cannot use
     try:
         found.send_bytes(pickle.dumps((True, work(*arguments))))
     except BaseException:  # noqa: BLE001 (the test shows it)

@@ -417,7 +417,7 @@ class ECG(metapt.Domain):
         """Rows of up to 2,048 PT records [n], and warps of each in ms [draws, n, t]; drawn anew by the same seed."""
         index = torch.arange(self.sizes["pretrain"], device=self.device)[:2048]
         meta.warp.expect()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.device] * metapt.on_cuda(self)):
             torch.manual_seed(self.settings.seed)
             magnitudes = meta.train().warp.magnitudes(self.inputs("pretrain", index))
             warps = [meta.warp.displacements(magnitudes, self.records.length) for _ in range(draws)]

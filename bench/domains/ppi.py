@@ -62,7 +62,9 @@ class Graphs:
         if wrong := [name for name, right in good.items() if not right]:
             raise metapt.BadInput(f"{folder} is not what '{prepared_by}' wrote: {wrong[0]} does not fit the rest")
         sizes, degrees, centre, self.species, self.source, self.bits, self.sums = (
-            arrays[name].to(device) for name in layout(self.about)
+            # CUDA may lack indexing of unsigned numbers.
+            (t.to(torch.int32) if t.dtype == torch.uint16 and device.type != "cpu" else t).to(device)
+            for t in (arrays[name] for name in layout(self.about))
         )
         self.sizes, self.degrees, self.centre = sizes.long(), degrees.long(), centre.long()
         self.first_node, self.first_edge = (t.cumsum(0) - t for t in (self.sizes, self.degrees))
