@@ -2367,15 +2367,6 @@ def misplaced(option: str, words: list[str]) -> str:  # where an option that a c
     return f"{option} belongs to {', '.join(owners)}, not to {command}" if owners else f"no such option: {option}"
 
 
-def end_in_time(told: int) -> None:  # a thread: torchrun kills what has not ended 30 s after its signal
-    while os.read(told, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
-        pass
-    time.sleep(25)
-    if not Ranks().rank:
-        print("metapt: stopped, without another checkpoint: a rank waited for 25 s", file=sys.stderr, flush=True)
-    os._exit(1)
-
-
 def join_ranks() -> None:  # of torchrun, by gloo; between GPUs, of which each rank has its own, by NCCL
     if distributed.is_available() and distributed.is_torchelastic_launched():
         if torch.cuda.is_available():
@@ -2392,19 +2383,28 @@ def join_ranks() -> None:  # of torchrun, by gloo; between GPUs, of which each r
 
 def leave_ranks(status: int = 0) -> None:  # at exit, before Python ends: gloo's threads, which hold its objects, abort
     if distributed.is_available() and distributed.is_initialized():
+        if status:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         atexit.register(lambda: (status or distributed.destroy_process_group(), sys.stdout.flush(), os._exit(status)))
 
 
-def first_to_end(status: int) -> bool:  # of the ranks: it says why, the others end because it did
+def first_to_end() -> bool:  # of the ranks: it says why, the others end because it did
     if Ranks().size == 1:
         return True
-    leave_ranks(status)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     with contextlib.suppress(RuntimeError):
         store = distributed.TCPStore(*where, timeout=timedelta(seconds=5))
         return store.add(f"metapt ends {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
     return True  # with the rank that kept the store
+
+
+def end_in_time(told: int) -> None:  # a thread: torchrun kills what has not ended 30 s after its signal
+    while os.read(told, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
+        pass
+    time.sleep(24)
+    if first_to_end():
+        print("metapt: stopped, without another checkpoint: it took too long", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def main() -> None:
@@ -2427,11 +2427,13 @@ def main() -> None:
         status, message = 1, ""
         if re.search("MemoryError|(not enough|allocate|out of) memory|bad_alloc", repr(error)):  # torch's words for it
             message = str(error) or "out of memory"
-        elif first_to_end(status):
-            raise
-    if message and first_to_end(status):
-        print(f"metapt: {' '.join(message.split())}", file=sys.stderr)
+        else:
+            leave_ranks(status)
+            if first_to_end():
+                raise
     leave_ranks(status)
+    if message and first_to_end():
+        print(f"metapt: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
