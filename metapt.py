@@ -978,8 +978,8 @@ class Learner:  # all that Algorithm 1 carries from step to step: θ, ψ, φ, th
         gradient = self.ranks.sum({"": head_value.detach(), **_grad(head_value, psi)})
         head_value = gradient.pop("")
         with torch.no_grad():
-            self.psi, state = finetune_step(psi, gradient, self.settings.unroll, self.ft_states["head"])
-        self.ft_states = self.ft_states | {"head": state}
+            self.psi, self.ft_states["head"] = finetune_step(
+                psi, gradient, self.settings.unroll, self.ft_states["head"])  # fmt: skip
         self.losses |= {"pretrain_loss": value, "finetune_loss": head_value}
 
     def validation_loss(self) -> Loss:  # L_V: a mean over validation examples, or over these and FT's
@@ -1112,15 +1112,14 @@ class Training:
 
     def compare_ranks(self) -> None:  # Failed: what all ranks should have alike they have not
         symbols, state = {"network": "θ", "psi": "ψ", "meta": "φ"}, {"the random state": torch.get_rng_state()}
-        if torch.cuda.is_initialized():
+        if on_cuda(self.domain):
             state["the random state of CUDA"] = torch.cuda.get_rng_state()
         for learner in self.learners:
             named = learner.state_dict().items()
             state |= {f"{symbols.get(name, name)} ({learner.number})": value for name, value in named}
         numbers = lambda value: b"".join(torch.as_tensor(t).flatten().view(torch.uint8).cpu().numpy()
                                          for t in tree_leaves(value) if isinstance(t, Tensor | int | float))  # fmt: skip
-        sums = {name: hashlib.sha256(numbers(value)).digest() for name, value in state.items()}
-        sums = self.domain.ranks.objects(sums)
+        sums = self.domain.ranks.objects({name: hashlib.sha256(numbers(of)).digest() for name, of in state.items()})
         for rank, name in itertools.product(range(1, len(sums)), state):
             if sums[rank][name] != sums[0][name]:
                 raise Failed(f"at PT step {self.step} {name} of rank {rank} is not that of rank 0")
@@ -1167,8 +1166,8 @@ class Training:
         self.step, self.seconds = state["step"], state["seconds"]
         with refusing("random", RuntimeError, ValueError):
             torch.set_rng_state(state["random"].cpu())
-        states, count = [random.cpu() for random in state["cuda_random"]], torch.cuda.device_count()
         if on_cuda(self.domain):
+            states, count = [random.cpu() for random in state["cuda_random"]], torch.cuda.device_count()
             torch.cuda.set_rng_state_all(states[:count] if self.domain.ranks.size == 1 else states[:1] * count)
 
 

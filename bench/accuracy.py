@@ -262,8 +262,7 @@ def online(batch: int, damping: float, seed: int = 0, meta_steps: int = 100, nam
                                         p.validation_loss, **at, unroll=unroll, ft_state=ft_state, solver=solver,
                                         q0=q0, **options)  # fmt: skip
 
-        scale = peers.adam_scale(optimizer, theta)
-        metric = {"preconditioner": lambda r, scale=scale: unflat(flat(r) * scale, r)}
+        metric = {"preconditioner": peers.times(peers.adam_scale(optimizer, theta))}
         first = ask(Solver("identity"))
         exact = _dense(p, here, at["phi"], flat(first.q), damping)
         for name in names:

@@ -18,7 +18,7 @@ import typer
 from torch import Tensor
 
 import metapt
-from bench import counting
+from bench import counting, precision
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "bootstrap.json"
@@ -37,8 +37,7 @@ console = rich.console.Console()
 
 
 def learner_of(where: str, given: dict, data: Path) -> metapt.Learner:
-    kind = metapt.find_domain(where)
-    return metapt.Learner(kind(metapt.settings_of(kind, {**given, "seed": 0}), torch.device("cpu"), data))
+    return metapt.Learner(precision.make(where, data, seed=0, **given))
 
 
 def costs(learner: metapt.Learner, steps: int) -> dict[str, float]:

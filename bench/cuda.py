@@ -98,8 +98,8 @@ def learner_of(domain: metapt.Domain) -> metapt.Learner:
 def tests(bench: Bench) -> None:
     def work():
         where = ["tests/test_ecg.py"] if bench.small else ["tests"]
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "cuda", "--continue-on-collection-errors", *where], check=False, cwd=HERE.parent,
-                              capture_output=True, text=True)  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "--continue-on-collection-errors", *where]
+        done = subprocess.run(command, check=False, cwd=HERE.parent, capture_output=True, text=True)
         return {"status": done.returncode, "summary": done.stdout.splitlines()[-1:],
                 "failed": [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]}  # fmt: skip
 

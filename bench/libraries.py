@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import metapt
-from bench import counting, peers, problems
+from bench import counting, peers
 from bench.domains.ecg import ResNet18
 from bench.plain_resnet import PlainResNet18
 from metapt import Solver, Unroll
@@ -119,7 +119,7 @@ def ours(task: Task, estimate: str, hvp: str = "exact", of_steps: str | None = N
         {name: t.detach() for name, t in task.theta().items()},
         {name: t.detach() for name, t in task.ft_head.named_parameters()}, {"weights": task.phi},
         unroll=Unroll(STEPS, LR, optimizer=optimizer or "sgd", eps=EPS, hvp=of_steps), solver=Solver(method, TERMS, alpha=ALPHA, hvp=hvp),
-        preconditioner=(lambda r: problems.unflat(problems.flat(r) * scale, r)) if metric else None,
+        preconditioner=peers.times(scale) if metric else None,
     )  # fmt: skip
     return result.phi["weights"]
 

@@ -166,7 +166,11 @@ def adam_metric(p: Problem, batch: int = 32, draws: int = 200) -> Callable[[Para
         for t, g in zip(theta.values(), grad(p.pretrain_loss(theta, p.phi, rows), theta).values(), strict=True):
             t.grad = g
         optimizer.step()
-    scale = adam_scale(optimizer, theta)
+    return times(adam_scale(optimizer, theta))
+
+
+def times(scale: Tensor) -> Callable[[Params], Params]:
+    """r → scale · r, elementwise; `scale` is flat."""
     return lambda r: unflat(flat(r) * scale, r)
 
 
