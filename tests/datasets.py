@@ -1,5 +1,7 @@
-"""Small data sets for the tests, none of them real: files as they are published, and graphs as they are prepared;
-and a server of files."""
+"""Small data sets for the tests, none of them real, and a server of files.
+
+There are files as they are published, and graphs as they are prepared.
+"""
 
 import contextlib
 import hashlib
@@ -17,36 +19,57 @@ import pandas
 import pytest
 import torch
 
+from data_scripts.files import digest, prepared_folder
+from data_scripts.graphs import RawGraphs, prepare_graphs
+from data_scripts.ptbxl import LEADS
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "data_scripts"))
-
-from files import digest, prepared_folder
-from graphs import RawGraphs, prepare_graphs
-from ptbxl import LEADS
-
-CODES = ("{'NORM': 100.0, 'SR': 0.0}", "{'IMI': 80.0, 'NDT': 0.0}", "{'LVH': 50.0}", "{'IRBBB': 100.0}", "{'SR': 0.0}")
+CODES = (
+    "{'NORM': 100.0, 'SR': 0.0}",
+    "{'IMI': 80.0, 'NDT': 0.0}",
+    "{'LVH': 50.0}",
+    "{'IRBBB': 100.0}",
+    "{'SR': 0.0}",
+)
 LABELS = ([1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0])
 
 
 def beat(ecg_id: int) -> np.ndarray:
     """Beats whose rate tells of the label, on all leads; [1000, 12]."""
-    random, t = np.random.default_rng(ecg_id), np.arange(1000)[:, None] / 100
-    waves = np.cos(math.pi * t * (1 + 0.3 * (ecg_id % 5)) + random.uniform(0, 6)) ** 40
-    return (1000 * waves * random.uniform(0.2, 1, 12) + random.normal(0, 30, (1000, 12))).astype(np.int64)
+    random = np.random.default_rng(ecg_id)
+    seconds = np.arange(1000)[:, None] / 100
+    rate = 1 + 0.3 * (ecg_id % 5)
+    waves = np.cos(math.pi * seconds * rate + random.uniform(0, 6)) ** 40
+    samples = 1000 * waves * random.uniform(0.2, 1, 12) + random.normal(0, 30, (1000, 12))
+    return samples.astype(np.int64)
 
 
-def write_record(folder: Path, name: str, samples: np.ndarray, leads=LEADS, gain=1000.0, baseline=None) -> None:
+def write_record(
+    folder: Path, name: str, samples: np.ndarray, leads=LEADS, gain=1000.0, baseline=None
+) -> None:
     import wfdb  # here, as other tests of a machine without it need none
 
     n = samples.shape[1]
-    wfdb.wrsamp(name, fs=100, units=["mV"] * n, sig_name=list(leads), d_signal=samples, fmt=["16"] * n,
-                adc_gain=[gain] * n, baseline=baseline or [0] * n, write_dir=str(folder))  # fmt: skip
+    wfdb.wrsamp(
+        name,
+        fs=100,
+        units=["mV"] * n,
+        sig_name=list(leads),
+        d_signal=samples,
+        fmt=["16"] * n,
+        adc_gain=[gain] * n,
+        baseline=baseline or [0] * n,
+        write_dir=str(folder),
+    )
 
 
 def write_sums(folder: Path) -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "SHA256SUMS.txt")
-    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder).as_posix()}" for p in files]
-    (folder / "SHA256SUMS.txt").write_text("\n".join(lines) + "\n")
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "SHA256SUMS.txt":
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            lines.append(f"{sha256}  {path.relative_to(folder).as_posix()}\n")
+    (folder / "SHA256SUMS.txt").write_text("".join(lines))
 
 
 def write_ptbxl(folder: Path, records: int = 60) -> Path:
@@ -55,11 +78,24 @@ def write_ptbxl(folder: Path, records: int = 60) -> Path:
     rows = []
     for ecg_id in range(1, records + 1):
         write_record(folder / "records100" / "00000", f"{ecg_id:05d}_lr", beat(ecg_id))
-        rows.append({"ecg_id": ecg_id, "patient_id": 1000.0 + ecg_id, "scp_codes": CODES[ecg_id % 5],
-                     "strat_fold": ecg_id // 5 % 10 + 1, "filename_lr": f"records100/00000/{ecg_id:05d}_lr"})  # fmt: skip
+        rows.append(
+            {
+                "ecg_id": ecg_id,
+                "patient_id": 1000.0 + ecg_id,
+                "scp_codes": CODES[ecg_id % 5],
+                "strat_fold": ecg_id // 5 % 10 + 1,
+                "filename_lr": f"records100/00000/{ecg_id:05d}_lr",
+            }
+        )
     pandas.DataFrame(rows).to_csv(folder / "ptbxl_database.csv", index=False)
-    statements = [("NORM", 1, "NORM"), ("IMI", 1, "MI"), ("NDT", 1, "STTC"), ("IRBBB", 1, "CD"), ("LVH", 1, "HYP"),
-                  ("SR", "", "")]  # fmt: skip
+    statements = [
+        ("NORM", 1, "NORM"),
+        ("IMI", 1, "MI"),
+        ("NDT", 1, "STTC"),
+        ("IRBBB", 1, "CD"),
+        ("LVH", 1, "HYP"),
+        ("SR", "", ""),
+    ]
     table = pandas.DataFrame(statements, columns=["", "diagnostic", "diagnostic_class"])
     table.to_csv(folder / "scp_statements.csv", index=False)
     (folder / "LICENSE.txt").write_text("none")
@@ -70,7 +106,8 @@ def write_ptbxl(folder: Path, records: int = 60) -> Path:
 def write_mnist(folder: Path, labels: np.ndarray) -> None:
     """Images of noise, prepared as MNIST is, with these training labels [60000]."""
     random = np.random.default_rng(0)
-    with prepared_folder(folder, {"format": "metapt images 1", "source": "", "licence": "", "classes": 10}) as append:
+    about = {"format": "metapt images 1", "source": "", "licence": "", "classes": 10}
+    with prepared_folder(folder, about) as append:
         append("train_images", random.integers(0, 256, (60_000, 28, 28), np.uint8))
         append("train_labels", labels.astype(np.uint8))
         append("test_images", random.integers(0, 256, (10_000, 28, 28), np.uint8))
@@ -92,7 +129,13 @@ def generated(graphs=300, tasks=60, species=(4932,), seed=0) -> RawGraphs:
     labels = (random.random((graphs, tasks)) < 0.15 + 0.5 * (sizes > 6)[:, None]).astype(np.int64)
     of_species = np.array(species)[random.integers(0, len(species), graphs)]
     return RawGraphs(
-        sizes, degrees, np.concatenate(shuffled, 1), features, random.integers(0, sizes), of_species, labels
+        sizes,
+        degrees,
+        np.concatenate(shuffled, 1),
+        features,
+        random.integers(0, sizes),
+        of_species,
+        labels,
     )
 
 
@@ -108,26 +151,45 @@ class FakeData:
     """Pickles as PyG 1.0's Data does."""
 
 
-FakeData.__module__, FakeData.__qualname__ = "torch_geometric.data.data", "Data"
+FakeData.__module__ = "torch_geometric.data.data"
+FakeData.__qualname__ = "Data"
 
 
-def write_published(path: Path, raw: RawGraphs, new=False, finetune=40, slices=None, **more) -> None:
-    """A file as Hu et al.'s: collated by PyG 1.0 and saved by torch of that time, or in today's container."""
-    data, count = FakeData(), len(raw.sizes)
-    data.x, data.y, data.pos = torch.ones(raw.sizes.sum(), 1), None, None
-    data.edge_index, data.edge_attr = torch.from_numpy(raw.edges), torch.from_numpy(raw.features)
-    data.center_node_idx, data.species_id = torch.from_numpy(raw.centre), torch.from_numpy(raw.species)
+def write_published(
+    path: Path, raw: RawGraphs, new=False, finetune=40, slices=None, **more
+) -> None:
+    """A file as Hu et al.'s, collated by PyG 1.0.
+
+    It is saved by torch of that time, or (`new`) in today's container.
+    """
+    count = len(raw.sizes)
+    data = FakeData()
+    data.x = torch.ones(raw.sizes.sum(), 1)
+    data.y = None
+    data.pos = None
+    data.edge_index = torch.from_numpy(raw.edges)
+    data.edge_attr = torch.from_numpy(raw.features)
+    data.center_node_idx = torch.from_numpy(raw.centre)
+    data.species_id = torch.from_numpy(raw.species)
     pretrain, downstream = np.split(raw.labels, [raw.labels.shape[1] - finetune], axis=1)
     data.go_target_pretrain = torch.from_numpy(pretrain.reshape(-1).copy())
     data.go_target_downstream = torch.from_numpy(downstream.reshape(-1).copy())
-    ends = {"x": raw.sizes, "edge_index": raw.degrees, "edge_attr": raw.degrees, "center_node_idx": np.ones(count, int),
-            "species_id": np.ones(count, int), "go_target_pretrain": np.full(count, pretrain.shape[1]),
-            "go_target_downstream": np.full(count, finetune)}  # fmt: skip
+    lengths = {
+        "x": raw.sizes,
+        "edge_index": raw.degrees,
+        "edge_attr": raw.degrees,
+        "center_node_idx": np.ones(count, int),
+        "species_id": np.ones(count, int),
+        "go_target_pretrain": np.full(count, pretrain.shape[1]),
+        "go_target_downstream": np.full(count, finetune),
+    }
     vars(data).update(more)
-    ends = {name: torch.from_numpy(np.concatenate([[0], n.cumsum()])) for name, n in ends.items()} | (slices or {})
+    ends = {name: torch.from_numpy(np.append(0, n.cumsum())) for name, n in lengths.items()}
+    ends |= slices or {}
     fake = types.ModuleType("torch_geometric.data.data")
     fake.Data = FakeData
-    with pytest.MonkeyPatch.context() as patch:  # the path of PyG 1.0 leads to FakeData while the file is written
+    # The path of PyG 1.0 leads to FakeData while the file is written.
+    with pytest.MonkeyPatch.context() as patch:
         for name in ("torch_geometric", "torch_geometric.data"):
             patch.setitem(sys.modules, name, types.ModuleType(name))
         patch.setitem(sys.modules, "torch_geometric.data.data", fake)
@@ -135,11 +197,17 @@ def write_published(path: Path, raw: RawGraphs, new=False, finetune=40, slices=N
 
 
 def write_string(folder: Path) -> Path:
-    """STRING's and GO's: three proteins that all interact, a fourth with the first alone, a fifth without links."""
+    """STRING's and GO's files.
+
+    Three proteins all interact, a fourth does with the first alone, a fifth has no links.
+    """
     folder.mkdir()
     links = {(1, 2): (0.9, 0.0), (1, 3): (0.5, 0.2), (2, 3): (0.0, 0.0), (1, 4): (0.1, 0.0)}
     for i, channel in enumerate(("coexpression", "database")):
-        lines = [f"{a}\t{b}\t{s[i]}\n" for (u, v), s in links.items() for a, b in ((u, v), (v, u))]
+        lines = []
+        for (u, v), scores in links.items():
+            lines.append(f"{u}\t{v}\t{scores[i]}\n")
+            lines.append(f"{v}\t{u}\t{scores[i]}\n")
         (folder / f"Org1_{channel}_x.txt").write_text("".join(lines))
     (folder / "B_node_dict.txt").write_text(str({f"p{i}": i for i in range(4)}))
     rows = ["#id\tGO:1\tGO:2", "p0\t1\t0", "p1\t0\t1", "p2\t1\t1", "p3\t0\t0", "p4\t1\t1"]
@@ -147,46 +215,87 @@ def write_string(folder: Path) -> Path:
     return folder
 
 
+def conllu(sentences) -> str:
+    """Sentences, each a list of (form, tag), as CoNLL-U."""
+    lines = []
+    for number, sentence in enumerate(sentences, 1):
+        lines.append(f"# sent_id = {number}\n")
+        for place, (form, tag) in enumerate(sentence, 1):
+            lines.append(f"{place}\t{form}\t_\t{tag}\t_\t_\t{place - 1}\tdep\t_\t_\n")
+        lines.append("\n")
+    return "".join(lines)
+
+
+def write_treebank(folder: Path, code: str, sentences, licence: str | None = "CC BY 4.0") -> Path:
+    """A treebank as Universal Dependencies has them, with a training part; `folder` is UD_NAME."""
+    folder.mkdir(parents=True)
+    (folder / f"{code}-ud-train.conllu").write_text(conllu(sentences), encoding="utf-8")
+    if licence:
+        (folder / "README.md").write_text(f"# Summary\n\nLicense: {licence}\nGenre: news\n")
+    return folder
+
+
 def load_prepared(folder: Path) -> dict[str, np.ndarray]:
     """The arrays of a prepared folder, as its about.json describes them."""
     arrays = {}
     for name, facts in json.loads((folder / "about.json").read_text())["arrays"].items():
-        arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        assert (arrays[name].dtype.str, list(arrays[name].shape)) == (facts["dtype"], facts["shape"])
+        array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        assert array.dtype.str == facts["dtype"]
+        assert list(array.shape) == facts["shape"]
         assert digest(folder / f"{name}.npy") == facts["sha256"]
-    assert {path.name for path in folder.iterdir()} == {"about.json", *(f"{name}.npy" for name in arrays)}
+        arrays[name] = array
+    expected = {"about.json", *(f"{name}.npy" for name in arrays)}
+    assert {path.name for path in folder.iterdir()} == expected
     return arrays
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `content` by path; `faults`: path → what goes wrong in turn: a status, "cut", "wrong byte", … or None."""
+    """Serves `content` by path.
+
+    `faults` says of a path what goes wrong in turn: a status, "cut", "wrong byte", … or None.
+    """
 
     protocol_version = "HTTP/1.1"
-    content, faults, asked, connections, begun = {}, {}, [], set(), threading.Event()
+    content = {}
+    faults = {}
+    asked = []
+    connections = set()
+    begun = threading.Event()
 
     def do_GET(self):
-        asked, begin = self.headers.get("Range"), 0
+        asked = self.headers.get("Range")
         self.asked.append((self.path, asked))
         self.connections.add(self.client_address)
         fault = self.faults[self.path].pop(0) if self.faults.get(self.path) else None
         if isinstance(fault, int) or self.path not in self.content:
-            return self.send_error(fault or 404)
+            self.send_error(fault or 404)
+            return
         content = self.content[self.path]
-        content = {"wrong byte": b"?" + content[1:], "short": content[:-10]}.get(fault, content)
+        if fault == "wrong byte":
+            content = b"?" + content[1:]
+        if fault == "short":
+            content = content[:-10]
+        begin = 0
         if asked and fault != "no ranges":
             begin = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
             if begin >= len(content):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(content)}")
                 self.send_header("Content-Length", "0")
-                return self.end_headers()
-            begin = 0 if fault == "other range" else begin
-        whole, content = len(content), content[: begin + 50] if fault == "less" else content
+                self.end_headers()
+                return
+        if fault == "other range":
+            begin = 0
+        whole = len(content)
+        if fault == "less":
+            content = content[: begin + 50]
+        length = "many" if fault == "odd length" else str(len(content) - begin)
         self.send_response(206 if asked and fault != "no ranges" else 200)
         self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{whole}")
-        self.send_header("Content-Length", "many" if fault == "odd length" else str(len(content) - begin))
+        self.send_header("Content-Length", length)
         self.end_headers()
-        self.wfile.write(content[begin : begin + len(content) // 3] if fault in ("cut", "hang") else content[begin:])
+        end = begin + len(content) // 3 if fault in ("cut", "hang") else len(content)
+        self.wfile.write(content[begin:end])
         self.close_connection = fault in ("cut", "odd length")
         if fault == "hang":
             self.begun.set()
