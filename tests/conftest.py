@@ -1,4 +1,7 @@
-"""One thread, the repository on the path, and which tests run: `cuda` needs a GPU, `slow` needs to be asked for."""
+"""One thread, the repository on the path, and which tests run.
+
+Tests marked `cuda` need a GPU; those marked `slow` run if `-m` names markers or RUN_SLOW is set.
+"""
 
 import os
 import sys
@@ -13,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 def pytest_configure(config):
     torch.set_num_threads(1)
-    config.addinivalue_line("markers", "slow: deselected unless -m names markers or RUN_SLOW is set")
+    config.addinivalue_line("markers", "slow: runs only if -m names markers or RUN_SLOW is set")
     config.addinivalue_line("markers", "cuda: skipped where there is no GPU")
 
 

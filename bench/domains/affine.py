@@ -1,11 +1,13 @@
-"""Digits under an affine map: PT images are transformed by a map drawn around φ, six numbers, FT images by a target.
+"""Digits under an affine map: φ is six numbers, FT images are transformed by a target map.
 
-    python metapt.py meta digits-affine          φ = rotation, two shifts, two scales and a shear, from the identity
+    python metapt.py meta digits-affine     φ = rotation, two shifts, two scales and a shear
 
-A made-up problem, after the rotations of Raghu et al., NeurIPS 2021, section 4.1, with more numbers than a search by
-trial covers: each seed draws a target, which PT never sees; FT data alone say where it is.
+A made-up problem, after the rotations of Raghu et al., NeurIPS 2021, section 4.1, with more numbers
+than a search by trial covers. PT images are transformed by maps drawn around φ, which begins at the
+identity. Each seed draws a target, which PT never sees; FT data alone say where it is.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 import metapt
 
-# The numbers of φ, and what they do to an image; x points to the right, y down, the origin is the image's centre.
+# The numbers of φ, and what they do to an image. x points to the right, y points down, and the
+# origin is the image's centre.
 NUMBERS = {
     "rotation_deg": "counter-clockwise, last",
     "shift_x_px": "to the right, after all else",
@@ -25,29 +28,56 @@ NUMBERS = {
     "shear_x": "x grows by so much of y, after the scales",
 }
 
+# The spread of FT's maps, and of PT's at the end, as a share of the ranges that targets come from.
+JITTER = 0.02
+
+
+# ------------------------------------------------------------------------------------------------
+# Maps of images, and φ
+
 
 def affine(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps [n, 6], in the order of NUMBERS, to their matrices [n, 2, 2] and shifts [n, 2]: a point p goes to A p + b."""
-    degrees, right, down, wide, high, shear = numbers.unbind(-1)
-    angle, zero, one = degrees * (torch.pi / 180), torch.zeros_like(degrees), torch.ones_like(degrees)
-    turn, lean, stretch = (torch.stack([a, b, c, d], -1).unflatten(-1, (2, 2)) for a, b, c, d in (
-        (angle.cos(), angle.sin(), -angle.sin(), angle.cos()), (one, shear, zero, one),
-        (wide.exp(), zero, zero, high.exp())))  # fmt: skip
-    return turn @ lean @ stretch, torch.stack([right, down], -1)
+    """Maps [..., 6], in the order of NUMBERS, as matrices A [..., 2, 2] and shifts b [..., 2].
+
+    A map takes the point p to A p + b.
+    """
+    degrees, right, down, log_wide, log_high, shear = numbers.unbind(-1)
+    angle = degrees * (torch.pi / 180)
+    zero = torch.zeros_like(degrees)
+    one = torch.ones_like(degrees)
+    rotation = matrices(angle.cos(), angle.sin(), -angle.sin(), angle.cos())
+    lean = matrices(one, shear, zero, one)
+    stretch = matrices(log_wide.exp(), zero, zero, log_high.exp())
+    shift = torch.stack([right, down], -1)
+    return rotation @ lean @ stretch, shift
+
+
+def matrices(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Matrices with the rows (a, b) and (c, d), from four tensors of one shape."""
+    return torch.stack([a, b, c, d], -1).unflatten(-1, (2, 2))
 
 
 def transform(images: Tensor, numbers: Tensor) -> Tensor:
-    """Square images [n, c, h, h], each transformed by its own map [n, 6]; differentiable in both. Bicubic, as `rotate`."""
+    """Square images [n, c, h, h], each transformed by its own map [n, 6]; differentiable in both.
+
+    Resampling is bicubic, as in `metapt.rotate`.
+    """
     matrix, shift = affine(numbers)
-    # Where a pixel's value comes from, in units of half the image; a check of it would wait for the device.
+    # Where the value of a pixel comes from. `inv_ex` does not check what it inverts: a check would
+    # wait for the device.
     inverse = torch.linalg.inv_ex(matrix)[0]
-    grid = F.affine_grid(torch.cat([inverse, -inverse @ shift[..., None] * (2 / images.shape[-1])], -1),
-                         list(images.shape), align_corners=False)  # fmt: skip
+    pixels_to_grid = 2 / images.shape[-1]  # `affine_grid` counts in halves of the image.
+    origin = -inverse @ shift[..., None] * pixels_to_grid
+    grid = F.affine_grid(torch.cat([inverse, origin], -1), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bicubic", align_corners=False)
 
 
 class AffineMean(nn.Module):
-    """φ = the mean of the normal distribution that each image's map is drawn from; reparameterised, as `RotationMean`."""
+    """φ = the mean of the normal distribution that each image's map is drawn from.
+
+    The draw is reparameterised, as in `metapt.RotationMean`: the gradient of φ goes through the
+    resampling of the images.
+    """
 
     def __init__(self, numbers=(0.0,) * 6):
         super().__init__()
@@ -55,7 +85,7 @@ class AffineMean(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.tensor(float(number))))
 
     def numbers(self) -> Tensor:
-        """[6], in the order of NUMBERS."""
+        """The six numbers [6], in the order of NUMBERS."""
         return torch.stack([getattr(self, name) for name in NUMBERS])
 
     def forward(self, images: Tensor, spread: Tensor) -> Tensor:
@@ -63,46 +93,88 @@ class AffineMean(nn.Module):
         return transform(images, self.numbers() + spread * noise)
 
 
-JITTER = 0.02  # spread of FT's maps, and of PT's at the end, as a share of the ranges that targets are drawn from
-RANGE, WIDE = "Targets are drawn up to ± this", (lambda x: x >= JITTER, f"{JITTER} or more")
+# ------------------------------------------------------------------------------------------------
+# The domain
 
 
-class AffineSettings(
-    metapt.Images.Settings, steps=850, warmup=50, meta_every=4, lr=2e-3, unroll_lr=1e-3, unroll_batch_size=128,
-    meta_batch_size=192, meta_lr=0.05, meta_lr_decay=0.1, average=0.5, solver="cg", terms=10, damping=0.3,
-    measure_steps=300,
-):  # fmt: skip
-    range_deg: float = metapt.option(60.0, f"{RANGE}: rotation", check=metapt.POSITIVE, data=True)
-    range_px: float = metapt.option(1.0, f"{RANGE}: both shifts", check=metapt.POSITIVE, data=True)
-    range_log_scale: float = metapt.option(0.3, f"{RANGE}: both log scales", check=metapt.POSITIVE, data=True)
-    range_shear: float = metapt.option(0.3, f"{RANGE}: shear", check=metapt.POSITIVE, data=True)
-    spread: float = metapt.option(0.5, "Spread of PT's maps, in ranges; it narrows to 0.02", check=WIDE, learning=True)
-    narrow: float = metapt.option(1.0, "Share of the run over which it does", check=metapt.SHARE, learning=True)
+@dataclass(frozen=True)
+class AffineSettings(metapt.DigitsSettings):
+    steps: int = 850
+    warmup_share: float = 1 / 17
+    lr: float = 2e-3
+    unroll_lr: float = 1e-3
+    unroll_batch_size: int = 128
+    meta_every: int = 4
+    meta_batch_size: int = 192
+    meta_lr: float = 0.05
+    meta_lr_decay: float = 0.1
+    average: float = 0.5
+    solver: str = "cg"
+    terms: int = 10
+    damping: float = 0.3
+    measure_steps: int = 300
+    range_deg: float = metapt.setting(
+        60.0, "Targets are drawn up to ± this: rotation", check=metapt.POSITIVE, data=True
+    )
+    range_px: float = metapt.setting(
+        1.0, "Targets are drawn up to ± this: both shifts", check=metapt.POSITIVE, data=True
+    )
+    range_log_scale: float = metapt.setting(
+        0.3, "Targets are drawn up to ± this: both log scales", check=metapt.POSITIVE, data=True
+    )
+    range_shear: float = metapt.setting(
+        0.3, "Targets are drawn up to ± this: shear", check=metapt.POSITIVE, data=True
+    )
+    spread: float = metapt.setting(
+        0.5,
+        "Spread of PT's maps, in ranges; it narrows to 0.02",
+        check=metapt.Check(lambda value: value >= JITTER, f"{JITTER} or more"),
+        learning=True,
+    )
+    narrow: float = metapt.setting(
+        1.0, "Share of the run over which it does", check=metapt.SHARE, learning=True
+    )
 
 
-class DigitsAffine(metapt.Images):
-    """PT images are transformed by maps around φ, FT images by maps around a target, which is uniform in the ranges. φ
-    begins at the identity. Rates and spreads of the six numbers are in units of their ranges."""
+class DigitsAffine(metapt.Digits):
+    """PT images are transformed by maps around φ, FT images by maps around a target.
+
+    The target is uniform in the ranges, φ begins at the identity. Learning rates and spreads of the
+    six numbers are in units of their ranges.
+    """
 
     Settings = AffineSettings
     captions: ClassVar = {"map_error_px": "φ's map to the target's (pixels)"}
-    presets: ClassVar = {"paper": {**metapt.PUBLISHED, "meta_lr": 1 / 60, "dropout": 0.0, "spread": JITTER}}
+    presets: ClassVar = {
+        "paper": {**metapt.PUBLISHED, "meta_lr": 1 / 60, "dropout": 0.0, "spread": JITTER}
+    }
 
     def __init__(self, settings, device, data):
         super().__init__(settings, device, data)
-        of = {"rotation": settings.range_deg, "shift": settings.range_px, "log": settings.range_log_scale,
-              "shear": settings.range_shear}  # fmt: skip
-        self.ranges = torch.tensor([of[name.split("_")[0]] for name in NUMBERS], device=device)
-        # Of a generator of its own: whoever draws φ by the seed does not come upon the target.
-        self.target = torch.tensor(list(self.draw_phi(self.random.spawn(1)[0]).values()), device=device)
+        ranges = {
+            "rotation_deg": settings.range_deg,
+            "shift_x_px": settings.range_px,
+            "shift_y_px": settings.range_px,
+            "log_scale_x": settings.range_log_scale,
+            "log_scale_y": settings.range_log_scale,
+            "shear_x": settings.range_shear,
+        }
+        self.ranges = torch.tensor([ranges[name] for name in NUMBERS], device=device)
+        # From a generator of its own: whoever draws φ by the seed does not come upon the target.
+        (own_random,) = self.random.spawn(1)
+        target = self.draw_phi(own_random)
+        self.target = torch.stack(list(target.values())).to(device)
+        # FT images are transformed once and for all: they are data.
         for part in ("finetune", "validation", "test"):
-            noise = torch.from_numpy(self.random.standard_normal((self.sizes[part], len(NUMBERS)))).float().to(device)
+            noise = self.random.standard_normal((self.sizes[part], len(NUMBERS)))
+            noise = torch.from_numpy(noise).float().to(device)
             numbers = (self.target + JITTER * self.ranges * noise).float()
-            self.pixels[part] = transform(self.pixels[part].float(), numbers)  # once and for all: FT data are data
+            self.pixels[part] = transform(self.pixels[part].float(), numbers)
 
     def draw_phi(self, random: np.random.Generator) -> dict[str, Tensor]:
         """φ as a state dict, drawn as the target was."""
-        drawn = self.ranges.cpu() * torch.from_numpy(random.uniform(-1, 1, len(NUMBERS))).float()
+        shares = torch.from_numpy(random.uniform(-1, 1, len(NUMBERS))).float()
+        drawn = self.ranges.cpu() * shares
         return dict(zip(NUMBERS, drawn, strict=True))
 
     def oracle_phi(self) -> dict[str, Tensor]:
@@ -113,36 +185,55 @@ class DigitsAffine(metapt.Images):
         return AffineMean().to(self.device)
 
     def phi_rates(self, meta):
-        return {name: self.settings.meta_lr * r for name, r in zip(NUMBERS, self.ranges.tolist(), strict=True)}
+        ranges = zip(NUMBERS, self.ranges.tolist(), strict=True)
+        return {name: self.settings.meta_lr * range_ for name, range_ in ranges}
 
     def pretrain_loss(self, network, meta, index, progress, live):
-        images, labels = self.inputs("pretrain", index), self.targets("pretrain", index)
-        # As in DigitsRotation: a wide spread early averages the loss over maps, which flattens its lesser optima.
-        wide, share = self.settings.spread / JITTER, max(0.0, 1 - progress / self.settings.narrow)
-        spread = self.ranges * (JITTER * wide**share)
+        images = self.inputs("pretrain", index)
+        labels = self.targets("pretrain", index)
+        spread = self.spread_at(progress)
 
         def loss(theta, phi):
             transformed = metapt.call(meta, phi, images, spread, train=True)
-            return F.cross_entropy(metapt.call(network, theta, transformed, train=True, live=live), labels)
+            logits = metapt.call(network, theta, transformed, train=True, live=live)
+            return F.cross_entropy(logits, labels)
 
         return loss
 
+    def spread_at(self, progress: float) -> Tensor:
+        """The spread of PT's maps [6]: wide at first, it narrows to that of FT's.
+
+        A wide spread early averages the loss over maps, which flattens its lesser optima.
+        """
+        times_jitter = self.settings.spread / JITTER
+        remaining = max(0.0, 1 - progress / self.settings.narrow)
+        return self.ranges * (JITTER * times_jitter**remaining)
+
     @torch.no_grad()
     def map_error(self, meta: AffineMean) -> float:
-        """How far φ's map and the target's take a pixel apart, in pixels, averaged over the image."""
+        """How far φ's map and the target's take a pixel apart, in pixels, over the whole image."""
+        matrix, shift = affine(meta.numbers())
+        target_matrix, target_shift = affine(self.target)
         line = torch.arange(self.height, device=self.device) - (self.height - 1) / 2
-        matrix, shift = (of_phi - of_target for of_phi, of_target in zip(affine(meta.numbers()), affine(self.target)))
-        return (torch.cartesian_prod(line, line) @ matrix.T + shift).norm(dim=1).mean().item()
+        places = torch.cartesian_prod(line, line)
+        apart = places @ (matrix - target_matrix).T + (shift - target_shift)
+        return apart.norm(dim=1).mean().item()
 
     def measure(self, meta):
-        return {"map_error_px": self.map_error(meta), **{name: getattr(meta, name).item() for name in NUMBERS}}
+        numbers = {name: getattr(meta, name).item() for name in NUMBERS}
+        return {"map_error_px": self.map_error(meta), **numbers}
 
     def facts(self, meta):
-        return self.measure(meta) | {f"target_{name}": number.item() for name, number in self.oracle_phi().items()}
+        target = {f"target_{name}": number.item() for name, number in self.oracle_phi().items()}
+        return {**self.measure(meta), **target}
 
     def table(self, meta):
+        target = self.target.tolist()
         learned = meta.numbers().tolist()
-        return ["number", "learned", "target"], list(zip(NUMBERS, learned, self.target.tolist(), strict=True))
+        return ["number", "target", "learned"], list(zip(NUMBERS, target, learned, strict=True))
+
+    def phi_from_table(self, values):
+        return dict(zip(NUMBERS, torch.tensor(values), strict=True))
 
     def figures(self, meta):
         return {"digits.png": lambda figure: self.draw(figure, meta)}
@@ -151,11 +242,17 @@ class DigitsAffine(metapt.Images):
     def draw(self, figure, meta: AffineMean) -> None:
         """The first ten digits of PT: as they are, under the target and under φ."""
         figure.set_size_inches(3.5, 1.4)
-        images = self.inputs("pretrain", torch.arange(10, device=self.device))
-        maps = {"as is": AffineMean().to(self.device).numbers(), "target": self.target, "learned": meta.numbers()}
-        for axis, (name, numbers) in zip(figure.subplots(len(maps)), maps.items(), strict=True):
-            row = transform(images, numbers.expand(len(images), -1))
-            axis.imshow(torch.cat(list(row[:, 0]), 1).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
+        images = self.inputs("pretrain", torch.arange(10))
+        maps = {
+            "as is": torch.zeros(len(NUMBERS), device=self.device),
+            "target": self.target,
+            "learned": meta.numbers(),
+        }
+        axes = figure.subplots(len(maps))
+        for axis, (name, numbers) in zip(axes, maps.items(), strict=True):
+            transformed = transform(images, numbers.expand(len(images), -1))
+            row = torch.cat(list(transformed[:, 0]), 1)
+            axis.imshow(row.cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[], ylabel=name)
             axis.spines[:].set_visible(False)
 

@@ -1,0 +1,697 @@
+"""Inputs as people have them, which once gave wrong hypergradients without a word.
+
+Each test has the smallest input of its kind. What it expects is a closed form or a central
+difference of the whole pipeline, or a refusal in one line that names the cause.
+"""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import metapt
+from metapt import Solver, Unroll, hypergradient
+
+WAYS = ("exact", "finite")
+
+
+def solve(pretrain_loss, validation_loss, theta, phi, solver, **options):
+    """The hypergradient without fine-tuning: L_V is read off at θ, and ψ plays no part."""
+    psi = {"head": torch.zeros(1)}
+    options = {"unroll": Unroll(0), **options}
+    return hypergradient(
+        pretrain_loss,
+        lambda theta, psi: psi["head"].square().sum(),
+        lambda theta, psi: validation_loss(theta) + 0 * psi["head"].sum(),
+        theta,
+        psi,
+        phi,
+        solver=solver,
+        **options,
+    )
+
+
+def told(call):
+    """What `call` returns, and the texts of its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = call()
+    return found, [str(warning.message) for warning in caught]
+
+
+def shift_loss(theta, phi):
+    """½‖w − p‖², whose minimum is w = p: dL_V/dp is the slope of L_V itself."""
+    return 0.5 * (theta["w"] - phi["p"]).square().sum()
+
+
+# Parts of theta that pre-training does not move
+
+
+def frozen_problem(a, b):
+    """½a² + ½(b − p)² + ½ab with a frozen has its minimum at b = p − a/2."""
+    return SimpleNamespace(
+        theta={
+            "a": nn.Parameter(torch.tensor(a), requires_grad=False),
+            "b": nn.Parameter(torch.tensor(b)),
+        },
+        loss=lambda theta, phi: (
+            0.5 * theta["a"] ** 2
+            + 0.5 * (theta["b"] - phi["p"]) ** 2
+            + 0.5 * theta["a"] * theta["b"]
+        ),
+    )
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+@pytest.mark.parametrize("method", ["cg", "neumann", "nystrom"])
+def test_frozen_tensors_are_constants(method, hvp):
+    problem = frozen_problem(1.0, -0.5)
+    seen = []
+
+    def noting(theta, phi):
+        seen.append(list(theta))
+        return problem.loss(theta, phi)
+
+    alpha = 1.0 if method == "neumann" else None
+    found = solve(
+        noting,
+        lambda theta: theta["a"] + theta["b"],
+        problem.theta,
+        {"p": torch.tensor(0.0)},
+        Solver(method, 5, alpha=alpha, hvp=hvp),
+    )
+    assert found.phi["p"].item() == pytest.approx(1.0, abs=1e-4)  # d(a + p − a/2)/dp
+    assert list(found.q) == ["a", "b"]
+    assert found.q["a"].item() == 0
+    assert found.q["b"].item() == pytest.approx(1.0, abs=1e-4)
+    assert all(names == ["a", "b"] for names in seen)
+
+
+def test_a_preconditioner_and_an_unroll_of_everything_meet_the_moving_tensors_alone():
+    problem = frozen_problem(1.0, -0.5)
+    seen = []
+
+    def halve(r):
+        seen.append(list(r))
+        return {name: t / 2 for name, t in r.items()}
+
+    found = hypergradient(
+        problem.loss,
+        lambda theta, psi: (
+            0.5 * (theta["a"] - 3) ** 2 + 0.5 * (theta["b"] - 3) ** 2 + psi["h"] ** 2
+        ),
+        lambda theta, psi: 10 * theta["a"] * theta["b"] + psi["h"],
+        problem.theta,
+        {"h": torch.tensor(1.0)},
+        {"p": torch.tensor(0.0)},
+        unroll=Unroll(1, 0.1, scope="all"),
+        solver=Solver("identity"),
+        preconditioner=halve,
+    )
+    # One step takes b to b − 0.1(b − 3) and leaves a: dL_V/db = 10·a·0.9, halved by the metric.
+    assert seen == [["b"]]
+    assert found.q["b"].item() == pytest.approx(4.5)
+    assert found.value.item() == pytest.approx(10 * (-0.5 + 0.35) + 0.8)
+
+
+def test_where_nothing_requires_a_gradient_everything_moves():
+    problem = frozen_problem(1.0, -0.5)
+    theta = {name: t.detach() for name, t in problem.theta.items()}
+    hessian = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+    q = torch.linalg.solve(hessian, torch.ones(2))
+    found = solve(
+        problem.loss,
+        lambda theta: theta["a"] + theta["b"],
+        theta,
+        {"p": torch.tensor(0.0)},
+        Solver("cg", 5),
+    )
+    assert found.phi["p"].item() == pytest.approx(q[1].item())
+
+
+# The step of finite products
+
+
+@pytest.mark.parametrize("method", ["identity", "cg"])
+@pytest.mark.parametrize(
+    "theta_dtype, phi_dtype", [(torch.float64, torch.float32), (torch.float32, torch.float64)]
+)
+def test_the_default_step_fits_the_coarsest_dtype(theta_dtype, phi_dtype, method):
+    found = solve(
+        lambda theta, phi: 0.5 * (theta["w"] - 3 * phi["p"]).square().sum(),
+        lambda theta: theta["w"].sum(),
+        {"w": torch.linspace(-1, 1, 5, dtype=theta_dtype)},
+        {"p": torch.ones(5, dtype=phi_dtype)},
+        Solver(method, 9, hvp="finite"),
+    )
+    assert torch.allclose(found.phi["p"], torch.full((5,), 3.0, dtype=phi_dtype), rtol=1e-3)
+
+
+@pytest.mark.parametrize("norm", [1e4, 1e6])
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize("method", ["identity", "cg"])
+def test_the_default_step_is_relative_to_the_size_of_the_point(method, size, norm):
+    w = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    found = solve(
+        shift_loss,
+        lambda theta: theta["w"].sum(),
+        {"w": w / w.norm() * norm},
+        {"p": torch.tensor(0.5)},
+        Solver(method, 3, hvp="finite"),
+    )
+    assert found.phi["p"].item() == pytest.approx(size, rel=1e-3)
+
+
+def test_a_million_coarse_weights_move():
+    w = (torch.randn(10**6, generator=torch.Generator().manual_seed(0)) * 0.1).bfloat16()
+    found = solve(
+        lambda theta, phi: 0.5 * (theta["w"].float() - phi["p"]).square().sum(),
+        lambda theta: theta["w"].float().sum() / 1000,
+        {"w": w},
+        {"p": torch.tensor(0.0)},
+        Solver("identity", hvp="finite"),
+    )
+    assert found.phi["p"].item() == pytest.approx(1000, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "method, theta, phi, named",
+    [
+        ("identity", torch.float32, torch.bfloat16, r"phi\.p is torch\.bfloat16"),
+        ("cg", torch.float32, torch.bfloat16, r"phi\.p is torch\.bfloat16"),
+        ("cg", torch.bfloat16, torch.float32, r"theta\.w is torch\.bfloat16"),
+        ("neumann", torch.float16, torch.float32, r"theta\.w is torch\.float16"),
+    ],
+)
+def test_differences_of_half_precision_gradients_are_refused(method, theta, phi, named):
+    parameters = {"bias": torch.zeros(5), "w": torch.linspace(-1, 1, 5, dtype=theta)}
+    with pytest.raises(ValueError, match=f"({named}), expected float32.*finite"):
+        solve(
+            lambda theta, phi: 0.5 * (theta["w"] + theta["bias"] - 3 * phi["p"]).square().sum(),
+            lambda theta: theta["w"].sum(),
+            parameters,
+            {"p": torch.ones(5, dtype=phi)},
+            Solver(method, 9, hvp="finite"),
+        )
+
+
+def test_a_given_step_that_numbers_cannot_show_is_refused():
+    w = torch.full((100,), 1e3)  # of norm 1e4
+    with pytest.raises(ValueError, match=r"Solver\.step is too short for the dtypes"):
+        solve(
+            shift_loss,
+            lambda theta: theta["w"].sum(),
+            {"w": w},
+            {"p": torch.tensor(0.5)},
+            Solver("cg", 3, hvp="finite", step=0.005),
+        )
+    found = solve(
+        shift_loss,
+        lambda theta: theta["w"].sum(),
+        {"w": w},
+        {"p": torch.tensor(0.5)},
+        Solver("cg", 3, hvp="finite", step=5.0),
+    )
+    assert found.phi["p"].item() == pytest.approx(100, rel=1e-3)
+
+
+# Recomputation in the backward pass
+
+
+class Checkpointed(nn.Module):
+    """tanh(wx), with activations computed anew in the backward pass from the module's own w."""
+
+    def __init__(self, within):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+        self.within = within
+
+    def block(self, x):
+        return torch.tanh(self.w * x)
+
+    def forward(self, x):
+        if self.within:
+            return checkpoint(self.block, x, use_reentrant=False)
+        return self.block(x)
+
+
+def checkpointed_problem(within):
+    """The module, its L_PT, and dL_V/dp = f′/(f′² + (f − p)f″) of f = tanh(w)."""
+    net = Checkpointed(within)
+    x = torch.ones(1, dtype=torch.float64)
+
+    def output(theta):
+        if within:
+            return functional_call(net, theta, (x,))
+        return checkpoint(
+            lambda theta: functional_call(net, theta, (x,)), theta, use_reentrant=False
+        )
+
+    f = torch.tanh(torch.tensor(0.5, dtype=torch.float64))
+    slope = 1 - f**2
+    truth = slope / (slope**2 + (f - 0.3) * (-2 * f * slope))
+
+    def loss(theta, phi):
+        return 0.5 * (output(theta) - phi["p"]).square().sum()
+
+    return net, loss, truth.item()
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_recomputation_with_a_modules_own_weights_is_refused(detached):
+    net, loss, _ = checkpointed_problem(within=True)
+    theta = {name: p.detach() if detached else p for name, p in net.named_parameters()}
+    phi = {"p": torch.tensor(0.3, dtype=torch.float64)}
+    with pytest.raises(ValueError, match="pretrain_loss recomputes .*checkpoint.lambda theta"):
+        solve(loss, lambda theta: theta["w"].sum(), theta, phi, Solver("cg", 3, hvp="finite"))
+    with pytest.raises(ValueError, match="finetune_loss recomputes"):
+        hypergradient(
+            lambda theta, phi: 0.5 * (theta["w"] - phi["p"]).square().sum(),
+            lambda theta, psi: loss(theta, {"p": psi["h"]}),
+            lambda theta, psi: theta["w"].sum() + psi["h"].sum(),
+            theta,
+            {"h": torch.zeros(1, dtype=torch.float64)},
+            phi,
+            unroll=Unroll(2, 0.1, scope="all"),
+            solver=Solver("identity"),
+        )
+
+
+@pytest.mark.parametrize("within, hvp", [(True, "exact"), (False, "exact"), (False, "finite")])
+def test_recomputation_with_the_right_weights_goes_on_working(within, hvp):
+    net, loss, truth = checkpointed_problem(within)
+    found = solve(
+        loss,
+        lambda theta: theta["w"].sum(),
+        dict(net.named_parameters()),
+        {"p": torch.tensor(0.3, dtype=torch.float64)},
+        Solver("cg", 3, hvp=hvp),
+    )
+    assert truth == pytest.approx(1.5708, abs=1e-4)
+    assert found.phi["p"].item() == pytest.approx(truth, rel=1e-6)
+
+
+# Paths that autograd does not find
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+@pytest.mark.parametrize("method", ["identity", "neumann", "cg", "nystrom"])
+def test_tensors_of_theta_that_the_pretraining_loss_does_not_reach_are_named(method, hvp):
+    head = nn.Linear(2, 1)
+    theta = {
+        "encoder": torch.eye(2),
+        "head.weight": head.weight.detach(),
+        "head.bias": head.bias.detach(),
+    }
+    solver = Solver(method, 2, damping=1.0, alpha=0.1, hvp=hvp)
+
+    def direct(theta, phi):
+        return (head(theta["encoder"]) - phi["p"]).square().sum()
+
+    def run(**options):
+        phi = {"p": torch.tensor(0.3)}
+        return solve(direct, lambda theta: theta["encoder"].sum(), theta, phi, solver, **options)
+
+    _, texts = told(run)
+    named = [text for text in texts if text.endswith("Without a path: head.weight, head.bias")]
+    assert len(named) == 1 and "functional_call" in named[0]
+    _, texts = told(lambda: run(allow_unused=True))
+    assert not any("path" in text for text in texts)
+
+
+def test_a_reentrant_checkpoint_is_told():
+    layer = nn.Linear(2, 2, bias=False)
+    x = torch.tensor([[1.0, 2.0]], requires_grad=True)
+
+    def output(theta):
+        def forward(x):
+            return functional_call(layer, {"weight": theta["a"]}, (x,))
+
+        return checkpoint(forward, x, use_reentrant=True)
+
+    _, texts = told(
+        lambda: solve(
+            lambda theta, phi: 0.5 * (output(theta) @ theta["o"] - phi["p"]).square().sum(),
+            lambda theta: theta["a"].sum() * theta["o"].sum(),
+            {"a": torch.eye(2), "o": torch.ones(2, 1)},
+            {"p": torch.tensor(1.0)},
+            Solver("cg", 9, damping=1.0),
+        )
+    )
+    assert any(text.endswith("Without a path: a") for text in texts)
+
+
+# What torch lacks, and losses that differentiate themselves
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+def test_a_second_derivative_that_torch_lacks_is_one_line(hvp):
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 4, 8)
+
+    def attention(theta, phi):
+        out = nn.functional.scaled_dot_product_attention(x * theta["w"], x * theta["w"], x)
+        return (out - phi["p"]).square().sum()
+
+    def run():
+        theta, phi = {"w": torch.ones(8)}, {"p": torch.tensor(0.1)}
+        return solve(
+            attention, lambda theta: theta["w"].sum(), theta, phi, Solver("identity", hvp=hvp)
+        )
+
+    if hvp == "finite":
+        assert run().phi["p"].isfinite()
+        return
+    with pytest.raises(
+        NotImplementedError, match="pretrain_loss: .*not implemented.*hvp='finite'"
+    ) as caught:
+        run()
+    assert "\n" not in str(caught.value) and caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_loss_may_take_a_gradient_itself(stage, hvp):
+    def slope(w):
+        return torch.autograd.grad(w.pow(3).sum(), w, create_graph=True)[0]
+
+    theta = {"w": torch.ones(2)}
+    if stage == "pretrain":
+        found = solve(
+            lambda theta, phi: (phi["p"] * slope(theta["w"])).sum(),
+            lambda theta: theta["w"].sum(),
+            theta,
+            {"p": torch.tensor(1.0)},
+            Solver("identity", hvp=hvp),
+        )
+        assert found.phi["p"].item() == pytest.approx(-12, rel=1e-4)  # −Σ 6w
+        return
+    found = hypergradient(
+        shift_loss,
+        lambda theta, psi: (psi["h"] * slope(theta["w"])).sum() + torch.rand(()) * 0,
+        lambda theta, psi: psi["h"].sum() + 0 * theta["w"].sum(),
+        theta,
+        {"h": torch.ones(2)},
+        {"p": torch.zeros(2)},
+        unroll=Unroll(1, 0.5),
+        solver=Solver("identity", hvp=hvp),
+    )
+    # h₁ = h − ½·3w², so dL_V/dw = −3w, and so is dL_V/dp by way of w = p.
+    assert torch.allclose(found.phi["p"], torch.full((2,), -3.0), rtol=1e-3)
+
+
+def test_a_loss_that_takes_a_gradient_itself_leaves_the_generator_after_one_pass():
+    def loss(theta, psi):
+        noise = torch.rand(2)
+        slope = torch.autograd.grad(theta["w"].pow(3).sum(), theta["w"], create_graph=True)[0]
+        return (noise * psi["h"] * slope).sum()
+
+    torch.manual_seed(3)
+    hypergradient(
+        shift_loss,
+        loss,
+        lambda theta, psi: psi["h"].sum(),
+        {"w": torch.ones(2)},
+        {"h": torch.ones(2)},
+        {"p": torch.zeros(2)},
+        solver=Solver("identity", hvp="finite"),
+    )
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    torch.rand(2)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+# Parameters that are no ordinary numbers
+
+
+@pytest.mark.parametrize("method", ["identity", "neumann", "cg", "nystrom"])
+def test_complex_parameters_are_refused(method):
+    with pytest.raises(ValueError, match=r"theta\.z is torch\.complex64, expected real"):
+        solve(
+            lambda theta, phi: (theta["z"] - phi["p"]).abs().square().sum(),
+            lambda theta: theta["z"].real.sum(),
+            {"z": torch.ones(2, dtype=torch.complex64)},
+            {"p": torch.tensor(1.0)},
+            Solver(method, 2),
+        )
+
+
+def lazy_parameter():
+    return nn.LazyLinear(3).weight
+
+
+@torch.inference_mode()
+def inference_tensor():
+    return torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    "tensor, text",
+    [
+        (lambda: torch.ones(2, dtype=torch.long), r"theta\.x is torch\.int64, expected real"),
+        (lazy_parameter, r"theta\.x has no shape yet"),
+        (inference_tensor, r"theta\.x was made in torch\.inference_mode"),
+    ],
+)
+def test_tensors_that_cannot_be_parameters_are_named(tensor, text):
+    with pytest.raises(ValueError, match=text):
+        solve(
+            shift_loss,
+            lambda theta: theta["w"].sum(),
+            {"w": torch.ones(2), "x": tensor()},
+            {"p": torch.tensor(1.0)},
+            Solver("cg", 2),
+        )
+
+
+def test_inference_mode_is_named():
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        solve(
+            shift_loss,
+            lambda theta: theta["w"].sum(),
+            {"w": torch.ones(2)},
+            {"p": torch.tensor(1.0)},
+            Solver("cg", 2),
+        )
+
+
+@pytest.mark.parametrize("returned", [None, (torch.ones(()), 2)])
+def test_a_loss_that_returns_no_tensor_is_named(returned):
+    kind = type(returned).__name__
+    with pytest.raises(TypeError, match=f"pretrain_loss returned {kind}, expected a scalar tensor"):
+        solve(
+            lambda theta, phi: returned,
+            lambda theta: theta["w"].sum(),
+            {"w": torch.ones(2)},
+            {"p": torch.tensor(1.0)},
+            Solver("cg", 2),
+        )
+
+
+def test_sparse_gradients_are_named():
+    words = torch.tensor([0, 2])
+
+    def loss(theta, phi):
+        rows = nn.functional.embedding(words, theta["rows"], sparse=True)
+        return (rows - phi["p"]).square().sum()
+
+    with pytest.raises(ValueError, match=r"gradient of theta\.rows is sparse: .*sparse=False"):
+        solve(
+            loss,
+            lambda theta: theta["rows"].sum(),
+            {"rows": torch.ones(4, 2)},
+            {"p": torch.tensor(1.0)},
+            Solver("cg", 2, hvp="finite"),
+        )
+
+
+def test_nystrom_works_in_half_precision():
+    found = solve(
+        lambda theta, phi: (theta["w"].float() - phi["p"]).square().sum(),
+        lambda theta: theta["w"].float().sum(),
+        {"w": torch.ones(4, dtype=torch.bfloat16)},
+        {"p": torch.ones(4)},
+        Solver("nystrom", 4),
+    )
+    assert torch.allclose(found.phi["p"], torch.ones(4), rtol=0.02)
+    assert found.q["w"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+def test_a_loss_that_changes_theta_in_place_is_told(hvp):
+    words = torch.tensor([0, 1])
+
+    def loss(theta, phi):
+        rows = nn.functional.embedding(words, theta["rows"], max_norm=1.0)
+        return (rows - phi["p"]).square().sum()
+
+    with pytest.raises(ValueError, match=r"pretrain_loss changed theta\.rows in place.*max_norm"):
+        solve(
+            loss,
+            lambda theta: theta["rows"].sum(),
+            {"rows": torch.full((2, 2), 5.0)},
+            {"p": torch.tensor(1.0)},
+            Solver("cg", 2, hvp=hvp),
+        )
+
+
+# Numbers whose squares leave their dtype, and curvature that is not there
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+@pytest.mark.parametrize("method", ["identity", "neumann", "cg", "nystrom"])
+@pytest.mark.parametrize("scale", [1e20, 1e-30])
+def test_gradients_whose_squares_leave_float32(scale, method, hvp):
+    found = solve(
+        shift_loss,
+        lambda theta: scale * theta["w"].sum(),
+        {"w": torch.zeros(3)},
+        {"p": torch.zeros(3)},
+        Solver(method, 3, hvp=hvp),
+    )
+    assert torch.allclose(found.phi["p"] / scale, torch.ones(3), rtol=1e-3)
+    assert not found.residual > 1e-3
+
+
+def test_gradients_whose_squares_leave_float32_pass_through_finetuning():
+    def after_finetuning(scale, hvp):
+        return hypergradient(
+            shift_loss,
+            lambda theta, psi: (psi["h"] - theta["w"].sin()).square().sum(),
+            lambda theta, psi: scale * psi["h"].square().sum(),
+            {"w": torch.ones(3)},
+            {"h": torch.ones(3)},
+            {"p": torch.ones(3)},
+            unroll=Unroll(2, 0.1),
+            solver=Solver("cg", 3, hvp=hvp),
+        )
+
+    truth = after_finetuning(1.0, "exact").phi["p"]
+    for hvp in WAYS:
+        assert torch.allclose(after_finetuning(1e20, hvp).phi["p"] / 1e20, truth, rtol=1e-3)
+
+
+def test_a_curvature_beyond_float32_is_refused_and_not_taken_for_none():
+    with pytest.raises(FloatingPointError, match="curvature of L_PT leaves torch.float32"):
+        solve(
+            lambda theta, phi: 1e20 * shift_loss(theta, phi),
+            lambda theta: theta["w"].sum(),
+            {"w": torch.zeros(3)},
+            {"p": torch.zeros(3)},
+            Solver("neumann", 0),
+        )
+
+
+def quadratic(eigenvalues):
+    """½wᵀHw − pᵀw in float64, H not diagonal; L_V = Σw."""
+    n = len(eigenvalues)
+    basis = torch.linalg.qr(
+        torch.randn(n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ).Q
+    hessian = basis @ torch.tensor(eigenvalues, dtype=torch.float64).diag() @ basis.T
+
+    def run(solver):
+        return solve(
+            lambda theta, phi: 0.5 * theta["w"] @ hessian @ theta["w"] - phi["p"] @ theta["w"],
+            lambda theta: theta["w"].sum(),
+            {"w": torch.ones(n, dtype=torch.float64)},
+            {"p": torch.zeros(n, dtype=torch.float64)},
+            solver,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+@pytest.mark.parametrize(
+    "eigenvalues, solver, text",
+    [
+        ((1.0, 2.0, -0.5), {"method": "cg", "terms": 20}, "no positive curvature"),
+        ((1.0, 2.0, 0.0), {"method": "cg", "terms": 20}, "no positive curvature"),
+        ((1.0, 2.0, -4.0), {"method": "neumann", "terms": 20}, "neumann moves away"),
+        ((1.0, 1.0, 1.0), {"method": "neumann", "terms": 20, "alpha": 2.5}, "neumann moves away"),
+        (
+            (1.0, 2.0, -4.0),
+            {"method": "nystrom", "terms": 2, "damping": 0.1},
+            "no positive curvature",
+        ),
+    ],
+)
+def test_curvature_that_is_not_there_is_told(eigenvalues, solver, text, hvp):
+    found, texts = told(lambda: quadratic(eigenvalues)(Solver(**solver, hvp=hvp)))
+    assert any(text in each for each in texts), texts
+    assert found.phi["p"].isfinite().all()
+    if solver["method"] == "cg":
+        assert found.phi["p"].abs().max() < 1e3
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+@pytest.mark.parametrize("method", ["neumann", "cg", "nystrom"])
+def test_curvature_that_is_there_is_not_doubted(method, hvp):
+    _, texts = told(lambda: quadratic((1.0, 2.0, 3.0))(Solver(method, 3, hvp=hvp)))
+    assert texts == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_singular_hessian_is_told_by_full_nystrom_too(seed):
+    def run():
+        return solve(
+            lambda theta, phi: theta["w"] ** 2 - phi["p"] * theta["w"],
+            lambda theta: theta["w"] + theta["none"],
+            {"w": torch.ones((), dtype=torch.float64), "none": torch.ones((), dtype=torch.float64)},
+            {"p": torch.zeros((), dtype=torch.float64)},
+            Solver("nystrom", 2, seed=seed),
+            allow_unused=True,
+        )
+
+    try:
+        found, texts = told(run)
+    except FloatingPointError as error:
+        assert str(error) == "q is not finite: H is singular, damping helps"
+    else:
+        assert found.residual >= 0.5 and any("Hq − v" in text for text in texts) == (
+            found.residual >= 1
+        )
+
+
+# Random numbers, devices
+
+
+def test_other_random_numbers_than_torchs_are_named_among_the_causes():
+    own = torch.Generator().manual_seed(0)
+
+    def loss(theta, phi):
+        noise = torch.randn(3, generator=own, dtype=torch.float64)
+        return 0.5 * (theta["w"] - phi["p"] + noise).square().sum()
+
+    parameters = (
+        {"w": torch.zeros(3, dtype=torch.float64)},
+        {"p": torch.zeros(3, dtype=torch.float64)},
+    )
+    _, texts = told(
+        lambda: solve(
+            loss, lambda theta: theta["w"].sum(), *parameters, Solver("cg", 3, hvp="finite")
+        )
+    )
+    assert any("random numbers" in text and "torch's" in text for text in texts), texts
+    assert "torch's default generators" in hypergradient.__doc__
+
+
+def test_a_device_without_a_list_of_generators_has_its_numbers_replayed(monkeypatch):
+    """torch.mps has one generator and no `default_generators`; it is played here by an own one."""
+    own = torch.Generator().manual_seed(5)
+    module = SimpleNamespace(get_rng_state=own.get_state, set_rng_state=own.set_state)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    generators = metapt._generators(SimpleNamespace(type="mps", index=0))
+    states = [generator.get_state() for generator in generators]
+    first = torch.randn(3, generator=own)
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+    assert torch.equal(torch.randn(3, generator=own), first)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    assert len(metapt._generators(SimpleNamespace(type="other", index=0))) == 1
