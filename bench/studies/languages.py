@@ -1,0 +1,278 @@
+"""From which languages to pre-train: learned shares beside what people do without them.
+
+    python -m bench.studies.languages run --data data --seeds 20,21 --targets Faroese-OFT
+    python -m bench.studies.languages report
+
+Cells are (target, seed); each method pre-trains afresh on the cell's seed and is fine-tuned three
+times: a head on 10 sentences, a head on 100, and everything on 100. `run` stores each cell's
+results as it goes in bench/results/languages/SETTING.json and skips what is there.
+
+The rivals:
+
+    even           all sources alike, the default φ
+    long           the same for four times as many steps
+    hand           the languages that a linguist would name as related (RELATED), alike
+    overlap        the five sources with the most character trigrams in common with FT's sentences
+    tagger         the five sources that a tagger of FT's sentences alone tags best
+    cotrain        even shares, and a fifth of each batch FT's own sentences
+    cotrain-X      the same with the shares of X
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+import metapt
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "languages"
+COLUMNS = ("head 10", "head 100", "all 100")
+TARGETS = (
+    "Afrikaans-AfriBooms",
+    "Belarusian-HSE",
+    "Faroese-OFT",
+    "Galician-TreeGal",
+    "Scottish_Gaelic-ARCOSG",
+    "Upper_Sorbian-UFAL",
+)
+COTRAIN_SHARE = 0.2
+FEW = 5  # sources that `overlap` and `tagger` take
+
+# Languages that are near to the target, by family and contact, written down before any run.
+RELATED = {
+    "Afrikaans": "Dutch German",
+    "Belarusian": "Russian Ukrainian Polish",
+    "Faroese": "Icelandic Norwegian Danish Swedish",
+    "Galician": "Portuguese Spanish",
+    "Scottish_Gaelic": "Irish Welsh",
+    "Upper_Sorbian": "Czech Slovak Polish",
+    "Danish": "Norwegian Swedish",
+    "Slovak": "Czech Polish",
+    "Ukrainian": "Russian Belarusian Polish",
+    "Portuguese": "Galician Spanish",
+    "Welsh": "Irish Scottish_Gaelic",
+    "Maltese": "Arabic Italian Hebrew",
+    "Wolof": "French Arabic",
+    "Romanian": "Italian French Spanish",
+}
+
+# How φ is learned, by the name of the setting: what differs from the domain's defaults.
+SETTINGS = {
+    "default": {},
+    "cg10": {"solver": "cg", "terms": 10, "damping": 0.01},
+    "cg10-average": {"solver": "cg", "terms": 10, "damping": 0.01, "average": 0.5},
+    "cg10-slow": {"solver": "cg", "terms": 10, "damping": 0.01, "meta_lr": 0.1},
+    "cg10-large": {"solver": "cg", "terms": 10, "damping": 0.01, "meta_batch_size": 1024},
+}
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+def make_domain(data: Path, target: str, seed: int, **given):
+    kind = metapt.find_domain("sources")
+    settings = kind.Settings(target=target, seed=seed, **given)
+    return kind(settings, torch.device("cpu"), data)
+
+
+def with_settings(domain, **given):
+    """The same domain, on the same data, with other settings."""
+    other = domain.__class__.__new__(domain.__class__)
+    other.__dict__ = dict(domain.__dict__)
+    other.settings = dataclasses.replace(domain.settings, **given)
+    return other
+
+
+def alike(domain, chosen: list[int]) -> dict[str, torch.Tensor]:
+    """φ that gives these sources the same share, and others none."""
+    shares = [float(i in chosen) for i in range(len(domain.sources))]
+    return domain.phi_from_table(shares)
+
+
+def related(domain) -> dict[str, torch.Tensor]:
+    """φ by hand."""
+    target = domain.settings.target.partition("-")[0]
+    wanted = RELATED[target].split()
+    chosen = [i for i, name in enumerate(domain.sources) if name.partition("-")[0] in wanted]
+    return alike(domain, chosen)
+
+
+def trigrams(domain, rows: torch.Tensor) -> set[str]:
+    """All groups of three characters in the words of these sentences."""
+    words = domain.treebanks.words
+    found = set()
+    for number in domain.treebanks.word_numbers[rows].flatten().tolist():
+        if number:
+            word = f"<{words[number - 1].decode().lower()}>"
+            found.update(word[i : i + 3] for i in range(len(word) - 2))
+    return found
+
+
+def rows_of_source(domain, source: int) -> torch.Tensor:
+    first = domain.first[source]
+    return domain.rows["pretrain"][first : first + domain.count[source]]
+
+
+def overlapping(domain) -> dict[str, torch.Tensor]:
+    """φ for the sources whose trigrams cover most of those of FT's sentences."""
+    wanted = trigrams(domain, domain.rows["finetune"])
+    common = [
+        len(wanted & trigrams(domain, rows_of_source(domain, source)))
+        for source in range(len(domain.sources))
+    ]
+    return alike(domain, np.argsort(common)[-FEW:].tolist())
+
+
+def best_tagged(domain) -> dict[str, torch.Tensor]:
+    """φ for the sources that a tagger of FT's sentences alone tags best."""
+    torch.manual_seed(domain.settings.seed)
+    network = domain.network()
+    head = domain.head()
+    optimizer = torch.optim.Adam([*network.parameters(), *head.parameters()], 3e-3)
+    batches = metapt.Batches(domain.sizes["finetune"], 32)
+    for _ in range(domain.settings.steps):
+        index = batches.next()
+        outputs = head(network(domain.inputs("finetune", index), features=True))
+        loss = domain.loss(outputs, domain.targets("finetune", index))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    scores = []
+    with torch.no_grad():
+        for source in range(len(domain.sources)):
+            grams, tags = domain.sentences(rows_of_source(domain, source))
+            scores.append(domain.score(head(network(grams, features=True)), tags))
+    return alike(domain, np.argsort(scores)[-FEW:].tolist())
+
+
+def scores_of(domain, network) -> list[float]:
+    """Test accuracy after FT, one number a column."""
+    seed = domain.settings.seed
+    few, all_sentences = domain.finetune_sizes
+    of_head = with_settings(domain, measure_scope="head")
+    of_all = with_settings(domain, measure_scope="all", measure_lr=1e-3, measure_steps=150)
+    return [
+        metapt.finetune(of_head, network, few, seed).scores["test"],
+        metapt.finetune(of_head, network, all_sentences, seed).scores["test"],
+        metapt.finetune(of_all, network, all_sentences, seed).scores["test"],
+    ]
+
+
+class Cell:
+    """One target and seed: its networks are made as they are asked for."""
+
+    def __init__(self, data: Path, target: str, seed: int):
+        self.domain = make_domain(data, target, seed)
+        self.seed = seed
+        # One run serves `learned` and `online`.
+        self.learned = functools.cache(self.learn)
+
+    def pretrained(self, phi, **given):
+        return metapt.pretrain_afresh(with_settings(self.domain, **given), self.seed, phi)
+
+    def learn(self, setting: str, cotrain: float) -> metapt.Training:
+        """Algorithm 1 to its end."""
+        given = {**SETTINGS[setting], "cotrain": cotrain}
+        return metapt.Training(with_settings(self.domain, **given), learn=True).run()
+
+    def network(self, method: str, setting: str):
+        """θ of a method."""
+        domain = self.domain
+        cotrain = 0.0
+        if method.startswith("cotrain"):
+            cotrain = COTRAIN_SHARE
+            method = method.removeprefix("cotrain").removeprefix("-") or "even"
+        if method == "none":
+            torch.manual_seed(self.seed)
+            return domain.network()
+        if method == "long":
+            return self.pretrained(None, steps=4 * domain.settings.steps)
+        if method == "online":
+            return self.learned(setting, cotrain).network
+        phi = {
+            "even": lambda: None,
+            "hand": lambda: related(domain),
+            "overlap": lambda: overlapping(domain),
+            "tagger": lambda: best_tagged(domain),
+            "learned": lambda: self.learned(setting, cotrain).learned().state_dict(),
+        }[method]()
+        return self.pretrained(phi, cotrain=cotrain)
+
+
+def stored(setting: str) -> dict:
+    path = RESULTS / f"{setting}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def store(setting: str, key: str, method: str, scores: list[float]) -> None:
+    """One more result. What another process stored meanwhile stays."""
+    results = stored(setting)
+    results.setdefault(key, {})[method] = scores
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    metapt.write_whole(RESULTS / f"{setting}.json", (json.dumps(results, indent=1) + "\n").encode())
+
+
+METHODS = (
+    "none even long hand overlap tagger learned online cotrain cotrain-hand cotrain-overlap "
+    "cotrain-tagger cotrain-learned"
+)
+
+
+@app.command()
+def run(
+    seeds: Annotated[str, typer.Option(help="With commas")] = "20,21",
+    targets: Annotated[str, typer.Option(help="With commas")] = ",".join(TARGETS),
+    methods: Annotated[str, typer.Option(help="With spaces")] = METHODS,
+    setting: Annotated[str, typer.Option(help=f"Of learning φ: {', '.join(SETTINGS)}")] = "default",
+    data: Annotated[Path, typer.Option(help="Where prepared data lie")] = Path("data"),
+):
+    """Runs the cells that are not stored yet."""
+    torch.set_num_threads(1)
+    for seed in map(int, seeds.split(",")):
+        for target in targets.split(","):
+            key = f"{target} {seed}"
+            missing = [m for m in methods.split() if m not in stored(setting).get(key, {})]
+            if not missing:
+                continue
+            cell = Cell(data, target, seed)
+            for method in missing:
+                scores = scores_of(cell.domain, cell.network(method, setting))
+                store(setting, key, method, scores)
+                print(key, method, *(f"{100 * score:.1f}" for score in scores), flush=True)
+
+
+@app.command()
+def report(
+    setting: Annotated[str, typer.Option(help="Of learning φ")] = "default",
+    versus: Annotated[str, typer.Option(help="What gains are measured on")] = "even",
+    seeds: Annotated[str, typer.Option(help="With commas; else all")] = "",
+):
+    """Gains in points, the mean over cells and half of the 95 % interval over targets."""
+    results = stored(setting)
+    wanted = seeds.split(",") if seeds else None
+    keys = [key for key in results if not wanted or key.split()[1] in wanted]
+    console = metapt.make_console(as_json=False)
+    methods = dict.fromkeys(method for key in keys for method in results[key])
+    rows = []
+    for method in methods:
+        cells = [key for key in keys if method in results[key] and versus in results[key]]
+        cells_text = [f"{len(cells)}"]
+        for column in (*range(len(COLUMNS)), slice(None)):
+            gains = [
+                np.mean(results[key][method][column]) - np.mean(results[key][versus][column])
+                for key in cells
+            ]
+            found = metapt.mean_and_interval(np.array(gains))
+            half = None if found["high"] is None else found["high"] - found["mean"]
+            cells_text.append(f"{metapt.percent(found['mean'])} ± {metapt.percent(half)}")
+        rows.append([method, *cells_text])
+    title = f"Gain on {versus} (points, mean over cells ± half of the 95 % interval)"
+    metapt.show_table(console, title, ["method", "cells", *COLUMNS, "mean"], rows)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,144 @@
+"""bench.studies.worth: the rivals that it compares φ with, and its arithmetic."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import metapt
+from bench.stored import ROOT
+from bench.studies import worth
+
+QUICK = ["steps=6", "warmup=2", "meta_every=2", "measure_steps=2"]
+
+
+def trial(name: str, **given) -> worth.Trial:
+    return worth.Trial(worth.EXPERIMENTS[name], 0, given, Path("data"))
+
+
+def rows_of(scores: dict[str, list[float]], **more) -> list[dict]:
+    return [
+        {
+            "seed": seed,
+            "method": method,
+            "seconds": 1.0,
+            "scope": "head",
+            "ft_examples": 30,
+            "score": score,
+            **more,
+        }
+        for method, each in scores.items()
+        for seed, score in enumerate(each)
+    ]
+
+
+def test_gains_are_paired_by_seed_and_the_share_is_of_sums():
+    scores = {"default": [0.5, 0.7, 0.6], "learned": [0.6, 0.7, 0.8], "oracle": [0.7, 0.89, 0.81]}
+    lines = {line["method"]: line for line in worth.summary(rows_of(scores))}
+    gains = np.array([10.0, 0.0, 20.0])
+    low, high = stats.t.interval(0.95, 2, gains.mean(), stats.sem(gains))
+    assert lines["learned"]["gain"] == pytest.approx((10, (high - low) / 2))
+    assert lines["learned"]["share"] == pytest.approx(30 / 60) and lines["learned"][
+        "worst"
+    ] == pytest.approx(0)
+    assert math.isnan(worth.interval([1.0])[1])
+    uncertain = {**scores, "oracle": [0.7, 0.8, 0.9]}  # a gap that may be none has no share
+    assert {line["share"] for line in worth.summary(rows_of(uncertain))} == {None}
+
+
+def test_what_is_chosen_has_the_highest_held_score_of_the_three():
+    rows = rows_of({"default": [0.5, 0.5]}, held=0.6) + rows_of({"learned": [0.7, 0.1]}, held=0.5)
+    rows += [row | {"held": 0.7 if row["seed"] else 0.1} for row in rows_of({"online": [0.9, 0.8]})]
+    assert worth.by_method(rows)["chosen"] == {0: {("head", 30): 50.0}, 1: {("head", 30): 80.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("digits-rotation", 180 / 3**0.5), ("digits-affine", 3**-0.5)]
+)
+def test_the_rival_without_phi_has_wide_maps_throughout(name, expected, monkeypatch):
+    """A uniform distribution from −r to r has the standard deviation r / √3."""
+    made, seen = trial(name), []
+    monkeypatch.setattr(metapt, "pretrain_afresh", lambda *given: seen.append(given))
+    made.wide()
+    domain, phi = seen[0][0], seen[0][2]
+    meta, index = domain.meta(), torch.arange(4)
+    if phi:
+        meta.load_state_dict(phi)
+    assert not any(p.any() for p in meta.parameters())
+    spreads = []
+    monkeypatch.setattr(
+        type(meta), "forward", lambda self, images, spread: spreads.append(spread) or images
+    )
+    network = domain.network()
+    domain.pretrain_loss(network, meta, index, 1.0, True)(
+        dict(network.named_parameters()), metapt.detached(meta)
+    )
+    wanted = expected * domain.ranges if hasattr(domain, "ranges") else torch.tensor(expected)
+    assert torch.as_tensor(spreads[0]).float() == pytest.approx(wanted.float())
+    assert (
+        made.domain.settings.spread_deg == 60
+        if name == "digits-rotation"
+        else made.domain.settings.spread == 0.5
+    )
+
+
+def test_the_oracle_of_wrong_labels_weighs_right_ones_alone():
+    domain = trial("digits-noise").domain
+    known, meta = worth.KnownNoise.of(domain), domain.meta()
+    index = torch.arange(1000)
+    weights = known.weigh(meta, metapt.detached(meta), index, True)
+    assert torch.equal(weights.bool(), ~domain.noisy) and set(weights.unique().tolist()) == {
+        0.0,
+        1.0,
+    }
+
+
+def test_a_search_has_the_time_of_the_meta_run_and_of_pt_with_its_phi(monkeypatch):
+    made, clock = trial("digits-rotation"), [0.0]
+    made.timed = None, None, 10.0
+    monkeypatch.setattr(worth.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(made, "afresh", lambda phi: clock.__setitem__(0, clock[0] + 3) or phi)
+    monkeypatch.setattr(
+        metapt,
+        "finetune",
+        lambda domain, phi, *_: metapt.Finetuned({}, abs(phi["rotation_mean_deg"] - 90)),
+    )
+    few, (draws, best) = made.search(), (made.draws, made.search3()["rotation_mean_deg"])
+    assert (draws, made.draws) == (4, 10)
+    random = np.random.default_rng(0)
+    drawn = [random.uniform(-180, 180) for _ in range(10)]
+    assert best == pytest.approx(min(drawn, key=lambda angle: abs(angle - 90)))
+    assert few["rotation_mean_deg"] == pytest.approx(
+        min(drawn[:4], key=lambda angle: abs(angle - 90))
+    )
+
+
+def test_what_is_stored_is_not_made_again_nor_mixed_with_other_settings(tmp_path, capsys):
+    def run(*more, **options):
+        worth.run(
+            "digits-rotation",
+            seeds="0",
+            methods="default,learned",
+            variant="quick",
+            set_=[*QUICK, *more],
+            data=ROOT / "data",
+            out=tmp_path,
+            **({"again": False} | options),
+        )
+        return json.loads((tmp_path / "digits-rotation-quick.json").read_text())
+
+    first = run()
+    assert {row["method"] for row in first["rows"]} == {"default", "learned"} and first["settings"][
+        "steps"
+    ] == 6
+    assert run() == first
+    with pytest.raises(SystemExit, match="another meta_lr, steps"):
+        run("meta_lr=1.0", "steps=8", again=True)
+    same = ("seed", "method", "scope", "ft_examples", "score", "phi", "held")
+    assert [[row.get(name) for name in same] for row in run(again=True)["rows"]] == [
+        [row.get(name) for name in same] for row in first["rows"]
+    ]
