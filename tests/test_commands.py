@@ -397,7 +397,7 @@ BAD_OPTIONS = {
     "meta --init-deg=inf": "--init-deg is inf, expected a finite number",
     "meta digits-noise --noise=1": "--noise is 1.0, expected at least 0 and less than 1",
     "meta --spread-deg=0": "--spread-deg is 0.0, expected 1 or more",
-    "meta --solver=magic": "Solver.method is 'magic', expected one of",
+    "meta --solver=magic": "--solver is 'magic', expected one of identity, neumann, cg, nystrom",
     "meta --solver=nystrom --terms=2 --damping=0": "--damping is 0.0, expected positive",
     "meta --solver=neumann --preconditioner=adam": "--preconditioner is 'adam', expected nothing",
     "meta --preset=magic": "--preset is 'magic'; DigitsRotation has default, paper",

@@ -57,8 +57,6 @@ WRONG = {
 }
 # Where the message names something else: a field of the core, or what is lacking.
 NAMED_OTHERWISE = {
-    ("solver", "magic"): "Solver.method",
-    ("hvp", "guessed"): "Solver.hvp",
     ("solver", "nystrom"): "--damping",
 }
 
