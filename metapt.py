@@ -1511,7 +1511,7 @@ class Settings:
 
     warmup: int | None = setting(
         None,
-        "PT steps before the first meta step; else as --warmup-share",
+        "PT steps of a round before its first meta step; else as --warmup-share",
         LEARNING,
         AT_LEAST_0_IF_GIVEN,
     )
@@ -1523,7 +1523,10 @@ class Settings:
         1.0, "What that rate falls to, as a share of it", LEARNING, POSITIVE
     )
     average: float = setting(
-        0.0, "Share of the run, at its end, over which φ is averaged", LEARNING, BELOW_1
+        0.0, "Share of a round, at its end, over which φ is averaged", LEARNING, BELOW_1
+    )
+    rounds: int = setting(
+        1, "Times that PT begins anew while φ goes on; --steps are of one", LEARNING, AT_LEAST_1
     )
     solver: str = setting(
         "identity",
@@ -1538,6 +1541,7 @@ class Settings:
         LEARNING,
         one_of("", "adam"),
     )
+    metric_eps: float = setting(1e-8, "ε of that metric: M = √v̂ + ε", LEARNING, POSITIVE)
     alpha: float | None = setting(
         None, "Step size of neumann; else estimated", LEARNING, POSITIVE_IF_GIVEN
     )
@@ -1962,11 +1966,11 @@ class Domain(abc.ABC):
         """
         value.backward()
 
-    def begin_round(self, meta: nn.Module) -> None:
-        """Called before the P PT steps of each round, and before a loss is looked at otherwise."""
+    def begin_episode(self, meta: nn.Module) -> None:
+        """Called before the P PT steps of an episode, and before a loss is looked at otherwise."""
 
     def measure(self, meta: nn.Module) -> dict[str, float | None]:
-        """φ along the run, as numbers: they are logged each round, and phi.png draws them.
+        """φ along the run, as numbers: they are logged each episode, and phi.png draws them.
 
         By default each parameter that is one number, and of larger ones the ten largest entries;
         where `table` gives φ names, its ten largest rows.
@@ -2293,7 +2297,7 @@ class DigitsRotation(Digits):
 
 # So many meta steps in a row without a usable hypergradient end the run.
 MANY_SKIPPED = 10
-# Rounds of P PT steps between two checkpoints.
+# Episodes of P PT steps between two checkpoints.
 CHECKPOINT_EVERY = 20
 # From so many FT examples on, the last of FOLDS parts of them is kept from learning φ.
 ENOUGH_TO_HOLD_OUT = 1000
@@ -2337,13 +2341,14 @@ def adam(parameters: typing.Iterable[nn.Parameter], lr: float) -> torch.optim.Ad
 class Training:
     """Algorithm 1 of the paper, or (learn=False) pre-training alone with φ fixed.
 
-    A round is P pre-training steps and, where φ is learned and the round is whole, a meta step:
+    An episode is P pre-training steps and, where φ is learned and it is whole, a meta step:
 
         pretrain_step    θ ← Adam, ∇_θ L_PT(θ, φ);    ψ ← Adam, ∇_ψ L_FT(θ, ψ)
         meta_step        φ ← Adam, dL_V(θ_K, ψ_K)/dφ;    ψ ← ψ_K
 
     θ are the parameters of `network`, ψ is the dict `psi`, and φ are the parameters of `meta`.
-    Pre-training alone has no ψ.
+    Pre-training alone has no ψ. With several rounds, θ, ψ and their optimisers begin anew in each,
+    while φ and its optimiser go on: a φ that was learned at a round's end has not seen its start.
 
     Args:
         phi: φ at the start, a state dict; None: as the domain begins it.
@@ -2376,26 +2381,18 @@ class Training:
             raise BadInput(f"{type(domain).__name__}.tests has two parts under one name")
 
         torch.manual_seed(settings.seed)
-        self.network = domain.network()
-        self.network.precision = settings.precision
-        self.head = domain.head() if learn else None
+        self.begin_theta()
         self.meta = domain.meta()
         if phi is not None:
             with refusing(f"φ does not fit {type(domain).__name__}", (RuntimeError, TypeError)):
                 self.meta.load_state_dict(phi)
-        self.psi = detached(copy.deepcopy(self.head)) if learn else {}
-
-        if not any(p.requires_grad for p in self.network.parameters()):
-            raise BadInput(f"{type(domain).__name__}.network() has nothing that can be trained")
-        self.optimizer = adam(self.network.parameters(), settings.lr)
         if learn:
             self.meta_optimizer = self.optimizer_of_phi()
-        # FT's Adam moments. "head": of ψ alone, beside PT and in an unroll of that scope; "all":
-        # of θ and ψ in an unroll of that scope.
-        self.ft_states = {"head": {}, "all": {}}
         self.batches = self.all_batches()
 
-        self.step = 0  # PT steps so far
+        self.rounds = settings.rounds if learn else 1
+        self.round = 0  # rounds that are over
+        self.step = 0  # PT steps so far in this round
         self.seconds = 0.0
         self.meta_steps = 0
         self.skipped = 0  # meta steps without a usable hypergradient
@@ -2409,6 +2406,36 @@ class Training:
             "residual": math.nan,
         }
         check_losses(self)
+
+    def begin_theta(self) -> None:
+        """θ and ψ freshly drawn, and their optimisers."""
+        self.network = self.domain.network()
+        self.network.precision = self.settings.precision
+        if not any(p.requires_grad for p in self.network.parameters()):
+            kind = type(self.domain).__name__
+            raise BadInput(f"{kind}.network() has nothing that can be trained")
+        self.optimizer = adam(self.network.parameters(), self.settings.lr)
+        self.head = self.domain.head() if self.learn else None
+        self.psi = detached(copy.deepcopy(self.head)) if self.learn else {}
+        # FT's Adam moments. "head": of ψ alone, beside PT and in an unroll of that scope; "all":
+        # of θ and ψ in an unroll of that scope.
+        self.ft_states = {"head": {}, "all": {}}
+
+    def begin_next_round(self) -> None:
+        """θ, ψ and the order of the data begin anew, from another seed; φ goes on."""
+        self.round += 1
+        seed = np.random.default_rng([self.settings.seed, self.round]).integers(2**32)
+        torch.manual_seed(int(seed))
+        self.begin_theta()
+        self.batches = self.all_batches()
+        self.step = 0
+        self.phi_sum = None
+        self.phi_count = 0
+
+    @property
+    def steps_done(self) -> int:
+        """PT steps so far, in all rounds."""
+        return self.round * self.settings.steps + self.step
 
     def optimizer_of_phi(self) -> torch.optim.Adam:
         """Adam, with a learning rate for each parameter of φ. `meta_step` lowers the rates."""
@@ -2438,7 +2465,7 @@ class Training:
 
     def run(
         self,
-        on_round: Callable[["Training"], None] | None = None,
+        on_episode: Callable[["Training"], None] | None = None,
         on_checkpoint: Callable[["Training"], None] | None = None,
     ) -> "Training":
         """Trains to the end, from wherever the training stands.
@@ -2448,47 +2475,49 @@ class Training:
         """
         settings = self.settings
         started = time.perf_counter() - self.seconds
-        while self.step < settings.steps:
-            end = self.end_of_round()
+        while self.step < settings.steps or self.round + 1 < self.rounds:
+            if self.step == settings.steps:
+                self.begin_next_round()
+            end = self.end_of_episode()
             learn_now = self.learn and self.step >= settings.warmup_steps
-            full_round = end - self.step == settings.meta_every
+            full_episode = end - self.step == settings.meta_every
 
-            self.domain.begin_round(self.meta)
+            self.domain.begin_episode(self.meta)
             while self.step < end:
                 self.pretrain_step()
                 self.step += 1
             self.losses["residual"] = math.nan
-            if learn_now and full_round:
+            if learn_now and full_episode:
                 self.meta_step()
             self.seconds = time.perf_counter() - started
 
             if not math.isfinite(self.losses["pretrain_loss"]):
                 raise Failed(
-                    f"the PT loss is not finite at PT step {self.step}: "
+                    f"the PT loss is not finite at PT step {self.steps_done}: "
                     "a lower --lr or --meta-lr may help"
                 )
-            if on_round:
-                on_round(self)
-            rounds = math.ceil(self.step / settings.meta_every)
-            finished = self.step == settings.steps
-            if on_checkpoint and (rounds % CHECKPOINT_EVERY == 0 or finished):
+            if on_episode:
+                on_episode(self)
+            episodes = math.ceil(self.step / settings.meta_every)
+            round_is_over = self.step == settings.steps
+            if on_checkpoint and (episodes % CHECKPOINT_EVERY == 0 or round_is_over):
                 on_checkpoint(self)
         return self
 
-    def end_of_round(self) -> int:
-        """The PT step at which the round that begins now ends.
+    def end_of_episode(self) -> int:
+        """The PT step at which the episode that begins now ends.
 
-        Rounds of P steps are counted from the end of the warm-up. The warm-up has rounds of its
-        own, the first of which is shorter where P does not divide it.
+        Episodes of P steps are counted from the end of the warm-up. The warm-up has episodes of
+        its own, the first of which is shorter where P does not divide it.
         """
         warmup = self.settings.warmup_steps
         every = self.settings.meta_every
         last = warmup if self.step < warmup else self.settings.steps
-        steps_into_round = (self.step - warmup) % every
-        return min(self.step + every - steps_into_round, last)
+        steps_into_episode = (self.step - warmup) % every
+        return min(self.step + every - steps_into_episode, last)
 
     def progress(self, step: int) -> float:
-        """The share of the run after the warm-up that is over; 1 where φ is fixed."""
+        """The share of the round after its warm-up that is over; 1 where φ is fixed."""
         if not self.learn:
             return 1.0
         steps = self.settings.steps
@@ -2562,7 +2591,8 @@ class Training:
             p.grad = result.phi[name]
         progress = self.progress(last_step)
         for group in self.meta_optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * settings.meta_lr_decay**progress
+            of_all_rounds = (self.round + progress) / self.rounds
+            group["lr"] = group["initial_lr"] * settings.meta_lr_decay**of_all_rounds
         self.meta_optimizer.step()
 
         if progress >= 1 - settings.average:
@@ -2616,7 +2646,11 @@ class Training:
         return loss
 
     def adam_metric(self, r: Params) -> Params:
-        """M⁻¹r, where M = √v̂ + ε is the metric of PT's Adam: a preconditioner (SAMA)."""
+        """M⁻¹r, where M = √v̂ + ε is the metric of PT's Adam: a preconditioner (SAMA).
+
+        Where v̂ = 0 no gradient of PT has ever arrived, as at a row of an embedding that it has not
+        met. PT does not move what is there, and r / ε would drown all else: it is 0.
+        """
         (group,) = self.optimizer.param_groups
         _, beta2 = group["betas"]
         parameters = dict(self.network.named_parameters())
@@ -2624,11 +2658,11 @@ class Training:
         for name, values in r.items():
             state = self.optimizer.state.get(parameters[name])
             if not state:
-                # Before PT's first step v̂ is 0.
-                scaled[name] = values / group["eps"]
+                scaled[name] = torch.zeros_like(values)
                 continue
             v_hat = state["exp_avg_sq"] / (1 - beta2 ** state["step"].double())
-            scaled[name] = values / (v_hat.sqrt() + group["eps"])
+            divided = values / (v_hat.sqrt() + self.settings.metric_eps)
+            scaled[name] = torch.where(v_hat > 0, divided, 0)
         return scaled
 
     def add_to_average(self) -> None:
@@ -2650,7 +2684,7 @@ class Training:
     def state_dict(self) -> dict:
         """All that a checkpoint needs to go on to the same end.
 
-        What a domain keeps by itself is not in it: `begin_round` makes that anew.
+        What a domain keeps by itself is not in it: `begin_episode` makes that anew.
         """
         on_cuda = self.domain.device.type == "cuda"
         state = {
@@ -2658,6 +2692,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "meta": self.meta.state_dict(),
             "batches": {name: (b.order, b.position) for name, b in self.batches.items()},
+            "round": self.round,
             "step": self.step,
             "seconds": self.seconds,
             "losses": {name: float(value) for name, value in self.losses.items()},
@@ -2681,6 +2716,7 @@ class Training:
         self.meta.load_state_dict(state["meta"])
         for name, batches in self.batches.items():
             batches.order, batches.position = state["batches"][name]
+        self.round = state["round"]
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.losses = dict(state["losses"])
@@ -2729,7 +2765,7 @@ def check_losses(training: Training) -> None:
     psi = {name: p.clone().requires_grad_() for name, p in training.psi.items()}
     # The random state is put back, so that a run's numbers are as they would be without this.
     with torch.random.fork_rng(random_devices(domain)):
-        domain.begin_round(training.meta)
+        domain.begin_episode(training.meta)
         loss = domain.pretrain_loss(training.network, training.meta, few, 0.0, live=False)
         value = loss(theta, phi)
         has_own_backward = type(domain).backward is not Domain.backward
@@ -3268,7 +3304,7 @@ class Run:
         """
         content = {
             "format": FORMAT,
-            "step": training.step,
+            "step": training.steps_done,
             "training": training.state_dict(),
             "phi": training.learned().state_dict(),
         }
@@ -3297,9 +3333,10 @@ class Run:
             checkpoint = self.load_checkpoint()
             with self.reading("checkpoint.pt"):
                 training.load_state_dict(checkpoint["training"])
-                if training.step != checkpoint["step"]:
-                    raise ValueError(f"its steps are {training.step!r} and {checkpoint['step']}")
-        rows = [row for row in self.history() if row["step"] <= training.step]
+                if training.steps_done != checkpoint["step"]:
+                    found = training.steps_done
+                    raise ValueError(f"its steps are {found!r} and {checkpoint['step']}")
+        rows = [row for row in self.history() if row["step"] <= training.steps_done]
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def load_encoder(self, domain: Domain) -> Network:
@@ -3838,8 +3875,8 @@ def download(
     # -P: a file random.py in the user's folder is not taken for Python's own.
     command = [sys.executable, "-P", "-m", f"data_scripts.{SCRIPTS[name]}", *words]
     with noting_signals():
-        # Ctrl-C reaches the script as well, and the script answers it: as soon as it can, until
-        # then it waits.
+        # Ctrl-C reaches the script as well. It inherits this block, so that the signal waits until
+        # the script has been imported and unblocks it to answer.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         status = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path})
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -4101,7 +4138,8 @@ def continue_run(request: TrainingRequest, console: rich.console.Console) -> tup
         phi = phi_from(Path(config["phi"]), "learned", domain, console)
     training = Training(domain, learn=request.command == "meta", phi=phi)
     run.resume(training)
-    console.print(f"going on at PT step {training.step} of {domain.settings.steps}")
+    steps = training.rounds * domain.settings.steps
+    console.print(f"going on at PT step {training.steps_done} of {steps}")
     return run, training
 
 
@@ -4111,10 +4149,10 @@ def phi_from(path: Path, use: str, domain: Domain, console: rich.console.Console
     None: the run recommends the domain's default φ, and `use` is "chosen".
     """
     meta = domain.meta()
-    is_file = not path.is_dir()
-    if is_file and path.suffix == ".csv":
+    is_run = path.is_dir()
+    if not is_run and path.suffix == ".csv":
         return phi_from_table(path, domain)
-    if is_file and path.suffix == ".pt":
+    if not is_run and path.suffix == ".pt":
         with refusing(f"{path} holds no φ of {type(domain).__name__}", Exception):
             phi = torch.load(path, map_location=domain.device, weights_only=True)
             return fitting_phi(phi, meta)
@@ -4125,7 +4163,7 @@ def phi_from(path: Path, use: str, domain: Domain, console: rich.console.Console
     if config["data"] != domain.data_digest():
         raise BadInput(f"{path} learned its φ on other data, or on other parts (--seed draws them)")
     checkpoint = run.load_checkpoint()
-    if checkpoint["step"] < domain_steps(config):
+    if checkpoint["step"] < planned_steps(config):
         console.print(f"{path} is unfinished: its φ is that of PT step {checkpoint['step']}")
     if use == "chosen" and chosen_by(run) == "default_phi":
         advice = "this is PT with the default φ (--use learned: with its own)"
@@ -4145,10 +4183,13 @@ def chosen_by(run: Run) -> str | None:
     return chosen
 
 
-def domain_steps(config: dict) -> float:
+def planned_steps(config: dict) -> float:
     """How many PT steps a run has in all."""
-    steps = config["settings"].get("steps")
-    return steps if isinstance(steps, int) else math.inf
+    settings = config["settings"]
+    rounds = settings.get("rounds") if config["command"] == "meta" else 1
+    steps = settings.get("steps")
+    both_are_numbers = isinstance(steps, int) and isinstance(rounds, int)
+    return steps * rounds if both_are_numbers else math.inf
 
 
 def fitting_phi(phi: dict, meta: nn.Module) -> dict:
@@ -4219,23 +4260,26 @@ PROGRAM = "python metapt.py"
 def follow(training: Training, run: Run, command: str, console: rich.console.Console) -> None:
     """Trains to the end, with a bar, metrics and checkpoints. Ctrl-C and SIGTERM save one first."""
     domain = training.domain
-    steps = domain.settings.steps
-    if training.step >= steps:
+    steps = training.rounds * domain.settings.steps
+    if training.steps_done >= steps:
         return
     label = "learning φ" if training.learn else "pre-training"
     with noting_signals() as asked_to_stop, progress_bar(console, label, steps) as advance:
 
-        def on_round(training: Training) -> None:
+        def on_episode(training: Training) -> None:
             measured = for_json(domain.measure(training.meta))
             losses = for_json(training.losses)
-            run.log({"step": training.step, "skipped": training.skipped, **losses, **measured})
+            run.log(
+                {"step": training.steps_done, "skipped": training.skipped, **losses, **measured}
+            )
             first = next(iter(measured.values()), None)
-            advance(training.step, "" if first is None else f"φ {first:.4g}")
+            advance(training.steps_done, "" if first is None else f"φ {first:.4g}")
             if asked_to_stop.is_set():
                 run.save_checkpoint(training)
-                raise Failed(f"stopped at PT step {training.step}; {how_to_go_on(command, run)}")
+                where = f"stopped at PT step {training.steps_done}"
+                raise Failed(f"{where}; {how_to_go_on(command, run)}")
 
-        training.run(on_round, run.save_checkpoint)
+        training.run(on_episode, run.save_checkpoint)
 
 
 def report(
@@ -4249,7 +4293,7 @@ def report(
     summary = {
         **summary_head(command, domain),
         "training_seconds": training.seconds,
-        "pt_steps": training.step,
+        "pt_steps": training.steps_done,
         "meta_steps": training.meta_steps,
         "skipped_meta_steps": training.skipped,
         "validation_loss": final_validation_loss(training),
@@ -4309,7 +4353,7 @@ def for_json(numbers: dict) -> dict:
 
 
 def phi_in_numbers(meta: nn.Module, measured: dict) -> dict:
-    """φ for the summary: scalars as numbers, larger parameters by shape, mean and extremes."""
+    """φ for the summary: scalars as `measure` gives them, larger ones by shape and extremes."""
     numbers = {}
     for name, p in detached(meta).items():
         if p.numel() == 1:
@@ -4328,7 +4372,7 @@ def final_validation_loss(training: Training) -> float | None:
     index = torch.arange(domain.sizes["validation"])
     with torch.no_grad(), torch.random.fork_rng(random_devices(domain)):
         torch.manual_seed(domain.settings.seed)
-        domain.begin_round(training.meta)
+        domain.begin_episode(training.meta)
         loss = domain.finetune_loss(training.network, training.head, "validation", index)
         return loss(detached(training.network), training.psi).item()
 
@@ -4355,8 +4399,9 @@ def compare_methods(
     """The comparison and, where φ was learned, the choice: for the summary, and in sentences."""
     domain = training.domain
     seeds = domain.settings.compare
-    rounds = 2 if training.learn else 1
-    with progress_bar(console, "comparing", rounds * seeds * len(methods)) as advance:
+    # Where φ was learned the choice measures each of them once more.
+    times = 2 if training.learn else 1
+    with progress_bar(console, "comparing", times * seeds * len(methods)) as advance:
         results = compare(domain, methods, compared_sizes(domain), seeds, advance)
         found = {"comparison": comparison_rows(domain, results)}
         if not training.learn:
@@ -4487,7 +4532,7 @@ def measuring_domain(
         given["measure_epochs"] = 0
     domain = domain_as_in(run, given, device, data, console)
     step = run.load_checkpoint()["step"]
-    if step < domain.settings.steps:
+    if step < planned_steps(config):
         console.print(f"{run.folder} is unfinished: its encoder is that of PT step {step}")
     return domain
 

@@ -1,5 +1,6 @@
 """Chapter 5 of metapt.py: mini-batches and Algorithm 1, on a domain in miniature."""
 
+import copy
 import io
 import itertools
 import math
@@ -198,7 +199,7 @@ def test_the_steps_come_in_the_order_of_algorithm_1(monkeypatch, steps, warmup, 
 
     monkeypatch.setattr(metapt.Training, "pretrain_step", pretrain_step)
     monkeypatch.setattr(metapt.Training, "meta_step", lambda self: calls.append("M"))
-    monkeypatch.setattr(Toy, "begin_round", lambda self, meta: calls.append("|"))
+    monkeypatch.setattr(Toy, "begin_episode", lambda self, meta: calls.append("|"))
     monkeypatch.setattr(metapt, "CHECKPOINT_EVERY", 3)
     ends = []
     saved = []
@@ -429,17 +430,19 @@ def test_a_meta_step_hands_everything_to_the_hypergradient_and_its_result_to_ada
 
 @pytest.mark.parametrize("solver", ["identity", "cg"])
 def test_the_adam_preconditioner_is_the_root_of_the_moments_of_pretraining(monkeypatch, solver):
-    """M = √(s / (1 − β₂ᵗ)) + ε after t = 3 steps, from what Adam keeps; before any step M = ε."""
+    """M = √(s / (1 − β₂ᵗ)) + ε after t = 3 steps, from what Adam keeps; no M where s = 0."""
     real = metapt.hypergradient
-    run = training(solver=solver, preconditioner="adam", terms=3)
     eps = 1e-3  # so large that it tells
-    run.optimizer.param_groups[0]["eps"] = eps
+    run = training(solver=solver, preconditioner="adam", terms=3, metric_eps=eps)
     scales = []
+
+    def scale_of(state):
+        s = state["exp_avg_sq"]
+        return torch.where(s > 0, (s / (1 - 0.999**3)) ** 0.5 + eps, torch.inf)
 
     def beside(*args, **options):
         states = run.optimizer.state_dict()["state"]
-        scale = {i: (s["exp_avg_sq"] / (1 - 0.999**3)) ** 0.5 + eps for i, s in states.items()}
-        scales.append(flat(scale) if scale else torch.full_like(flat(options["theta"]), eps))
+        scales.append(flat({i: scale_of(state) for i, state in states.items()}))
         drawn = torch.get_rng_state()
         found = real(*args, **options)
 
@@ -455,12 +458,94 @@ def test_the_adam_preconditioner_is_the_root_of_the_moments_of_pretraining(monke
         return found
 
     monkeypatch.setattr(metapt, "hypergradient", beside)
-    run.meta_step()
     for _ in range(3):
         run.pretrain_step()
     run.meta_step()
-    assert run.meta_steps == len(scales) == 2
-    assert scales[1].max() > 10 * scales[1].min()
+    assert run.meta_steps == len(scales) == 1
+    finite = scales[0][scales[0].isfinite()]
+    assert finite.max() > 10 * finite.min()
+
+
+def test_the_adam_metric_is_zero_where_no_gradient_of_pretraining_ever_arrived():
+    """Half of an embedding that PT has not met would drown all else: r / ε there."""
+    run = training(preconditioner="adam", solver="identity")
+    run.pretrain_step()
+    weight = run.network.encoder[0].weight
+    run.optimizer.state[weight]["exp_avg_sq"][:3] = 0
+    ones = {name: torch.ones_like(p) for name, p in run.network.named_parameters()}
+    scaled = run.adam_metric(ones)["encoder.0.weight"]
+    assert not scaled[:3].any()
+    assert (scaled[3:] > 0).all()
+
+
+def test_in_each_round_theta_and_psi_begin_anew_and_phi_goes_on():
+    run = training(rounds=3, steps=8, warmup=2, meta_every=3)
+    seen = []
+
+    def on_episode(run):
+        seen.append((run.round, run.step, run.steps_done, flat(run.meta).clone()))
+
+    begun = []
+    real = run.begin_next_round
+
+    def begin_next_round():
+        before = flat(run.meta).clone()
+        moments = run.meta_optimizer.state_dict()["state"]
+        real()
+        begun.append(flat(run.network).clone())
+        assert torch.equal(flat(run.meta), before)
+        assert run.meta_optimizer.state_dict()["state"] is not None and moments
+        assert not run.optimizer.state and not run.ft_states["head"]
+
+    run.begin_next_round = begin_next_round
+    run.run(on_episode)
+    assert [done for _, _, done, _ in seen] == [2, 5, 8, 10, 13, 16, 18, 21, 24]
+    assert [round_ for round_, _, _, _ in seen] == [0] * 3 + [1] * 3 + [2] * 3
+    assert run.meta_steps == 6
+    assert run.steps_done == 24
+    assert len(begun) == 2 and not torch.equal(*begun)
+
+
+def test_one_round_is_the_first_of_several():
+    one = training(rounds=1).run()
+    several = training(rounds=2)
+    kept = {}
+
+    def keep(run):
+        kept.setdefault(run.steps_done, flat(run.meta).clone())
+
+    several.run(on_checkpoint=keep)
+    assert torch.equal(kept[one.steps_done], flat(one.meta))
+
+
+def test_the_rate_of_phi_falls_over_all_rounds():
+    run = training(rounds=2, meta_lr_decay=0.25, meta_lr=0.1)
+    rates = []
+    run.run(on_episode=lambda run: rates.append(run.meta_optimizer.param_groups[0]["lr"]))
+    half = len(rates) // 2
+    assert rates[-1] == pytest.approx(0.1 * 0.25 ** ((1 + 19 / 20) / 2))
+    assert rates[half - 1] == pytest.approx(0.1 * 0.25 ** (19 / 20 / 2))
+
+
+@pytest.mark.parametrize("stop_at", [8, 24, 28, 44])
+def test_a_run_of_rounds_goes_on_within_a_round_and_between_two(stop_at):
+    settings = {"rounds": 2, "average": 0.5}
+    whole = training(**settings).run()
+    states = {}
+
+    def keep(run):
+        states[run.steps_done] = copy.deepcopy(run.state_dict())
+
+    training(**settings).run(on_episode=keep)
+    again = training(**settings)
+    again.load_state_dict(states[stop_at])
+    again.run()
+    assert torch.equal(flat(again.network), flat(whole.network))
+    assert torch.equal(flat(again.learned()), flat(whole.learned()))
+
+
+def test_pretraining_alone_has_one_round():
+    assert training(learn=False, rounds=3).run().steps_done == 24
 
 
 def test_steps_draw_their_batches_where_the_settings_say(monkeypatch):

@@ -129,7 +129,7 @@ class Bench:
 def training_of(domain: metapt.Domain) -> metapt.Training:
     torch.manual_seed(0)
     training = metapt.Training(domain, learn=True)
-    domain.begin_round(training.meta)
+    domain.begin_episode(training.meta)
     return training
 
 

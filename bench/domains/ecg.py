@@ -580,7 +580,7 @@ class ECG(metapt.Domain):
             rates["warp.scale"] = self.settings.scale_lr
         return rates
 
-    def begin_round(self, meta):
+    def begin_episode(self, meta):
         if meta.warp is not None:
             meta.warp.expect()
 

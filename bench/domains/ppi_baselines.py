@@ -197,7 +197,7 @@ class Selection(PPI):
         settings.require(settings.select < tasks, "select", f"less than the {tasks} PT tasks")
         self.select = settings.select or max(1, tasks // 4)
 
-    def begin_round(self, meta):
+    def begin_episode(self, meta):
         meta.choose(self.select)
         if self.settings.agnostic:
             left_out = (~meta.chosen).nonzero()[:, 0]

@@ -52,7 +52,7 @@ def costs(training: metapt.Training, steps: int) -> dict[str, float]:
     """FLOPs and bytes of a meta step in those of a PT step, with the step of the head beside it;
     means of so many.
     """
-    training.domain.begin_round(training.meta)
+    training.domain.begin_episode(training.meta)
     return {
         kind: sum(count(lambda: training.meta_step()) for _ in range(steps))
         / sum(count(lambda: training.pretrain_step()) for _ in range(steps))
@@ -78,7 +78,7 @@ def ranks(training: metapt.Training, steps: tuple[int, ...]) -> list[float]:
                         )
                     )
                 )
-        training.domain.begin_round(training.meta)
+        training.domain.begin_episode(training.meta)
         training.pretrain_step()
     return found
 

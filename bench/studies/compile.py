@@ -76,7 +76,7 @@ def hypergradient(training: metapt.Training) -> metapt.Hypergradient:
     validation_index = first("validation", settings.validation_batch_size)
     network = training.network
     torch.manual_seed(0)
-    domain.begin_round(training.meta)
+    domain.begin_episode(training.meta)
     return metapt.hypergradient(
         domain.pretrain_loss(network, training.meta, pretrain_index, 1.0, live=False),
         domain.finetune_loss(network, training.head, "finetune", finetune_index),
@@ -95,7 +95,7 @@ def pretrain_gradient(training: metapt.Training) -> tuple[Tensor, metapt.Params]
     index = torch.arange(min(training.settings.batch_size, domain.sizes["pretrain"]))
     theta = {name: p.detach().clone().requires_grad_() for name, p in training.theta().items()}
     torch.manual_seed(0)
-    domain.begin_round(training.meta)
+    domain.begin_episode(training.meta)
     loss = domain.pretrain_loss(training.network, training.meta, index, 1.0, live=False)
     value = loss(theta, metapt.detached(training.meta)).sum()
     return value.detach(), metapt.gradient(value, theta)
@@ -138,7 +138,7 @@ def seconds_of_steps(
     for compiled in (False, True):
         training = metapt.Training(domain, learn=True)
         training.network.compiled = compiled
-        domain.begin_round(training.meta)
+        domain.begin_episode(training.meta)
         works["pt_step", compiled] = training.pretrain_step
         works["meta_step", compiled] = training.meta_step
     with compiling():

@@ -64,10 +64,10 @@ RELATED = {
 # How φ is learned, by the name of the setting: what differs from the domain's defaults.
 SETTINGS = {
     "default": {},
-    "cg10": {"solver": "cg", "terms": 10, "damping": 0.01},
-    "cg10-average": {"solver": "cg", "terms": 10, "damping": 0.01, "average": 0.5},
-    "cg10-slow": {"solver": "cg", "terms": 10, "damping": 0.01, "meta_lr": 0.1},
-    "cg10-large": {"solver": "cg", "terms": 10, "damping": 0.01, "meta_batch_size": 1024},
+    "identity": {"solver": "identity", "terms": 1, "damping": 0.0, "average": 0.0},
+    "cg10": {"average": 0.0},
+    "cg10-slow": {"average": 0.0, "meta_lr": 0.1},
+    "cg10-large": {"average": 0.0, "meta_batch_size": 1024},
 }
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -96,7 +96,7 @@ class Particle(metapt.Training):
             raise RoundOver
 
         with contextlib.suppress(RoundOver):
-            self.run(on_round=stop)
+            self.run(on_episode=stop)
 
     def recent_loss(self) -> float:
         return np.mean([float(loss) for loss in self.recent]) if self.recent else math.inf
@@ -115,7 +115,7 @@ def make_particles(domain: metapt.Domain, plan: Plan) -> list[Particle]:
 
 
 def run_particles(
-    particles: list[Particle], on_round: Callable[[list[Particle]], None] | None = None
+    particles: list[Particle], on_episode: Callable[[list[Particle]], None] | None = None
 ) -> Particle:
     """Trains all of them, round by round; as a stage ends, the better ones stay.
 
@@ -131,8 +131,8 @@ def run_particles(
         if wanted < len(particles):
             particles.sort(key=Particle.recent_loss)
             del particles[wanted:]
-        if on_round:
-            on_round(particles)
+        if on_episode:
+            on_episode(particles)
     return particles[0]
 
 

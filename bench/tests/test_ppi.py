@@ -802,7 +802,7 @@ def test_each_round_has_another_choice(home, given, expected):
 def test_agnostic_validates_on_the_tasks_that_the_round_left_out(home):
     made = make(home, baselines.Selection, select=8, agnostic=True)
     network, head, meta = modules(made)
-    made.begin_round(meta)
+    made.begin_episode(meta)
     index = torch.arange(12)
     loss = made.finetune_loss(network, head, "validation", index)
     left_out = (~meta.chosen).nonzero()[:, 0]

@@ -346,7 +346,7 @@ class Drawing(Toy):
 
     drawn = ()
 
-    def begin_round(self, meta):
+    def begin_episode(self, meta):
         torch.rand(())
 
     def pretrain_loss(self, network, meta, index, progress, live):
@@ -671,7 +671,7 @@ from bench import ranks
 class Lacking(Toy):
     rounds = 0
 
-    def begin_round(self, meta):
+    def begin_episode(self, meta):
         self.rounds += 1
         if self.rounds == 25 and ranks.rank() == 1:
             raise metapt.BadInput("rank 1 lacks something")

@@ -44,7 +44,7 @@ def training_of(name: str, data: Path, **given) -> metapt.Training:
     if name == "ppi":
         domain.graphs.check()  # as it is on an accelerator from the start
     training = metapt.Training(domain, learn=True)
-    domain.begin_round(training.meta)
+    domain.begin_episode(training.meta)
     training.pretrain_step()
     training.meta_step()
     return training
