@@ -169,7 +169,8 @@ class Solver:
     numbers that are moved, where that is above 1.
 
     The two are a check on each other: torch's second derivatives are wrong or missing for a few
-    operations (weight_norm, fused attention), its first derivatives are not.
+    operations (weight_norm, spectral_norm in training, fused attention), its first derivatives
+    are not.
 
     Raises:
         ValueError: a field has a value that is not listed here.
@@ -274,22 +275,25 @@ def hypergradient(
         reduce: sums a dict of tensors over processes, where the losses of each process are its
             share of the whole. It is applied to L_V, to each gradient and to each product.
         allow_unused: whether L_PT may ignore all of theta or all of phi, and L_V all of theta and
-            psi. Parts of them a loss may always ignore; of parts of theta that L_PT ignores a
-            warning tells, which this turns off.
+            psi. Parts of them a loss may always ignore; of parts of theta and phi that L_PT
+            ignores a warning tells, which this turns off.
 
     Raises:
-        TypeError: theta, psi, phi or q0 is no dict of tensors, or a loss returns no tensor.
+        TypeError: theta, psi, phi or q0 is no dict of tensors by string, or a loss returns no
+            tensor.
         ValueError: an argument does not fit the others; autograd finds no path from L_PT to
             theta, from L_PT to phi, or from L_V to theta and psi, and `allow_unused` is False;
-            parameters are complex or integer, or too coarse for finite differences or for the
-            given step; a loss changes its parameters in place, has sparse gradients, or computes
-            activations anew in its backward pass from other parameters than it was given.
+            parameters are complex, integer or sparse, lie on several devices, are one tensor
+            under two names, or are too coarse for finite differences or for the given step; a
+            loss changes its parameters in place, has sparse gradients, takes its own backward
+            pass, or computes activations anew in its backward pass from other parameters than it
+            was given.
         NotImplementedError: torch lacks a second derivative that `hvp` "exact" needs.
-        FloatingPointError: a result is not finite; the message says which.
+        FloatingPointError: a loss or a result is not finite; the message says which.
 
     Warns:
-        UserWarning: L_PT does not reach parts of theta; the solver met negative curvature, or
-            diverges; q is no better than 0.
+        UserWarning: L_PT does not reach parts of theta or phi; the solver met negative
+            curvature, or diverges; q is no better than 0.
     """
     _check_arguments(theta, psi, phi, solver, q0, preconditioner)
     moving = _moving(theta)
@@ -298,31 +302,39 @@ def hypergradient(
     )
     doubts = _Doubts()
 
-    # v = dL_V(θ_K, ψ_K)/dθ*
-    tuned = gradient_through_finetuning(
-        finetune, validation, validation.start, unroll, solver, ft_state, doubts
+    # The losses run under the caller's autocast, and nothing else does.
+    with _autocast(pretrain.autocast, enabled=False):
+        # v = dL_V(θ_K, ψ_K)/dθ*
+        tuned = gradient_through_finetuning(
+            finetune, validation, validation.start, unroll, solver, ft_state, doubts
+        )
+        v = _part(tuned.gradient, "theta")
+        psi0_gradient = _part(tuned.gradient, "psi")
+        psi_k = _part(tuned.end, "psi")
+        sizes = _largest_entries(
+            L_V={"": tuned.value}, v=v, psi0=psi0_gradient, L_FT=_first_values(finetune)
+        )
+        _raise_if_not_finite(sizes)
+        if _all_zero(sizes["v"]) and _all_zero(sizes["psi0"]):
+            validation.require_paths(tuned.end, ["theta or psi"], allow_unused)
+
+        # q ≈ (∇²_θθ L_PT + damping·I)⁻¹ v
+        products = Products(pretrain, pretrain.start, solver, doubts)
+        if _all_zero(sizes["v"]):
+            solution = Solution(q=_flat(v), mixed=products.zero_mixed, residual=0.0)
+        else:
+            largest = max(sizes["v"].values())
+            solution = solve(products, _flat(v), largest, q0, solver, moving, preconditioner)
+        q = _unflat(solution.q, moving)
+
+        # dL_V/dφ = −qᵀ ∇²_θφ L_PT
+        # Subtracted from zeros, no zero gets a minus sign.
+        phi_gradient = _unflat(products.zero_mixed - solution.mixed, phi)
+    sizes = _largest_entries(
+        doubts=doubts.flags, q=q, phi=phi_gradient, psi_K=psi_k, L_PT=_first_values([pretrain])
     )
-    v = _part(tuned.gradient, "theta")
-    psi0_gradient = _part(tuned.gradient, "psi")
-    psi_k = _part(tuned.end, "psi")
-    sizes = _largest_entries(L_V={"": tuned.value}, v=v, psi0=psi0_gradient)
-    _raise_if_not_finite(sizes)
-    if _all_zero(sizes["v"]) and _all_zero(sizes["psi0"]):
-        validation.require_paths(tuned.end, ["theta or psi"], allow_unused)
-
-    # q ≈ (∇²_θθ L_PT + damping·I)⁻¹ v
-    products = Products(pretrain, pretrain.start, solver, doubts)
-    if _all_zero(sizes["v"]):
-        solution = Solution(q=_flat(v), mixed=products.zero_mixed, residual=0.0)
-    else:
-        largest = max(sizes["v"].values())
-        solution = solve(products, _flat(v), largest, q0, solver, moving, preconditioner)
-    q = _unflat(solution.q, moving)
-
-    # dL_V/dφ = −qᵀ ∇²_θφ L_PT
-    phi_gradient = _unflat(products.zero_mixed - solution.mixed, phi)  # no zero gets a minus sign
-    sizes = _largest_entries(doubts=doubts.flags, q=q, phi=phi_gradient, psi_K=psi_k)
-    doubts.settle(sizes.pop("doubts"))
+    flags = sizes.pop("doubts")
+    doubts.settle(flags)
     _raise_if_not_finite(sizes)
     if _all_zero(sizes["phi"]):
         # L_PT has to be called once even where v = 0: by this call the generators move on.
@@ -330,7 +342,10 @@ def hypergradient(
 
     unreached = [name for name in moving if f"theta.{name}" not in pretrain.reached]
     if unreached and not allow_unused:
-        doubts.add(f"{_Doubts.NOT_REACHED}: {', '.join(unreached)}")
+        doubts.add(f"{_Doubts.THETA_NOT_REACHED}: {', '.join(unreached)}")
+    unreached = [name for name in phi if f"phi.{name}" not in pretrain.reached]
+    if unreached and not allow_unused:
+        doubts.add(f"{_Doubts.PHI_NOT_REACHED}: {', '.join(unreached)}")
     if solution.residual >= 1:
         doubts.add(_Doubts.NO_BETTER_THAN_ZERO)
     for text in doubts.texts:
@@ -780,8 +795,9 @@ def _repeatable_losses(
     with_head = _join(theta=theta, psi=psi)
     moving = list(_named("theta", _moving(theta)))
     constants = set(_named("theta", theta)).difference(moving)
+    watched = [*moving, *_named("phi", phi)]
 
-    pretrain = _RepeatableLoss("pretrain_loss", pretrain_loss, with_phi, constants, reduce, moving)
+    pretrain = _RepeatableLoss("pretrain_loss", pretrain_loss, with_phi, constants, reduce, watched)
     validation = _RepeatableLoss("validation_loss", validation_loss, with_head, constants, reduce)
     if callable(finetune_loss):  # the K steps then share their random numbers with their batch
         same = _RepeatableLoss("finetune_loss", finetune_loss, with_head, constants, reduce)
@@ -827,7 +843,9 @@ class _RepeatableLoss:
         self.reached = None  # those that have one, as soon as that is known
         self.tracks_everything = False
         self.backward_seen = False  # a backward pass at another point than the origin
+        self.value = None  # that of the first pass
         first = next(iter(origin.values()))
+        self.autocast = _autocast_of_caller(first.device.type)
         self.generators = _generators(first.device)
         self.random_states = None  # of the generators, before the first pass
 
@@ -856,12 +874,14 @@ class _RepeatableLoss:
             value, leaves = self._pass(point, set(point))
         if look:
             self.reached = _reached(value, leaves)
+        if self.value is None:
+            self.value = value.detach()
         return value, leaves
 
     def _pass(self, point: Params, tracked: set[str]) -> tuple[Tensor, Params]:
         leaves = {name: t.detach().requires_grad_(name in tracked) for name, t in point.items()}
         versions = {name: t._version for name, t in leaves.items()}  # tensors count their changes
-        with self._same_random_numbers():
+        with self._same_random_numbers(), _autocast(self.autocast, enabled=True):
             value = self._call({**self.origin, **leaves})
         changed = [name for name, t in leaves.items() if t._version != versions[name]]
         if changed:
@@ -906,7 +926,13 @@ class _RepeatableLoss:
                 return gradient(output, inputs, **options)
         except RuntimeError as error:
             reason, _, _ = str(error).partition("\n")
-            if "not implemented" not in reason and "differentiate twice" not in reason:
+            if "through the graph a second time" in reason:
+                raise ValueError(
+                    f"{self.label}: the graph of its value is used up. Either it calls backward() "
+                    "itself, or it keeps a part of the graph from an earlier call"
+                ) from None
+            lacking = ("not implemented", "differentiate twice", "double backward")
+            if not any(words in reason for words in lacking):
                 raise
             advice = "hvp='finite' needs first derivatives alone"
             raise NotImplementedError(f"{self.label}: {reason} ({advice})") from None
@@ -990,16 +1016,35 @@ def _reached(value: Tensor, leaves: Params) -> set[str]:
     first = get_gradient_edge(value).node
     seen = {first}
     to_visit = [first]
-    found = set()
+    leaf_ids = set()
     while to_visit:
         node = to_visit.pop()
         if hasattr(node, "variable"):  # the node of a leaf
-            found.add(id(node.variable))
+            leaf_ids.add(id(node.variable))
         for before, _ in node.next_functions:
             if before is not None and before not in seen:
                 seen.add(before)
                 to_visit.append(before)
-    return {name for name, t in leaves.items() if id(t) in found}
+    return {name for name, t in leaves.items() if id(t) in leaf_ids}
+
+
+def _autocast_of_caller(device_type: str) -> dict | None:
+    """The options of torch.autocast as it is now; None where it is off.
+
+    Without its cache, which would keep copies of the parameters of all passes until the end.
+    """
+    available = torch.amp.is_autocast_available(device_type)
+    if not available or not torch.is_autocast_enabled(device_type):
+        return None
+    dtype = torch.get_autocast_dtype(device_type)
+    return {"device_type": device_type, "dtype": dtype, "cache_enabled": False}
+
+
+def _autocast(options: dict | None, enabled: bool) -> contextlib.AbstractContextManager:
+    """The caller's autocast turned on or off, or nothing where the caller has none."""
+    if options is None:
+        return contextlib.nullcontext()
+    return torch.autocast(**options, enabled=enabled)
 
 
 def _generators(device: torch.device) -> list:
@@ -1136,7 +1181,7 @@ def gradient(
         return {name: torch.zeros_like(t) for name, t in inputs.items()}
     if grad_outputs is None:
         grad_outputs = torch.ones_like(output)
-    found = torch.autograd.grad(
+    slopes = torch.autograd.grad(
         output,
         list(inputs.values()),
         grad_outputs=grad_outputs,
@@ -1145,7 +1190,7 @@ def gradient(
         allow_unused=True,
     )
     gradients = {}
-    for (name, t), g in zip(inputs.items(), found, strict=True):
+    for (name, t), g in zip(inputs.items(), slopes, strict=True):
         if g is None:
             g = torch.zeros_like(t)
         if g.layout != torch.strided:
@@ -1200,8 +1245,19 @@ def _unflat(vector: Tensor, like: Params) -> Params:
 
 def _normal(*shape: int, like: Tensor, seed: int) -> Tensor:
     """Standard normal numbers that depend on the seed alone, not on the device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=like.dtype).to(like.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    numbers = torch.randn(*shape, generator=generator, dtype=like.dtype, device="cpu")
+    return numbers.to(like.device)
+
+
+def _first_values(losses: Sequence[_RepeatableLoss]) -> Params:
+    """The value of each loss in its first pass, by its place among them, if it was called."""
+    values = {}
+    for number, loss in enumerate(losses, 1):
+        if loss.value is not None:
+            name = f"step {number}" if len(losses) > 1 else ""
+            values[name] = loss.value
+    return values
 
 
 def _largest_entries(**results: Params) -> dict[str, dict[str, float]]:
@@ -1239,10 +1295,15 @@ class _Doubts:
     has to wait for it before the results themselves are looked at.
     """
 
-    NOT_REACHED = (
+    THETA_NOT_REACHED = (
         "pretrain_loss does not depend on all of theta. A module that is called directly, not by "
         "functional_call, and a reentrant checkpoint hide parameters; allow_unused=True, if it is "
         "meant. Without a path"
+    )
+    PHI_NOT_REACHED = (
+        "pretrain_loss does not depend on all of phi, and the gradient of the rest is 0. item(), "
+        "float() and what is computed outside of the loss hide a parameter; allow_unused=True, if "
+        "it is meant. Without a path"
     )
     NO_BETTER_THAN_ZERO = (
         "‖Hq − v‖ ≥ ‖v‖: q is no better than 0; where H is indefinite, damping helps; or a loss "
@@ -1315,9 +1376,14 @@ def _check_arguments(
         if not is_dict or not all(isinstance(t, Tensor) for t in params.values()):
             kind = type(params).__name__
             raise TypeError(f"{name} is {kind}, expected dict(module.named_parameters()) or such")
+        for key in params:
+            if not isinstance(key, str):
+                raise TypeError(f"{name} has a tensor of the name {key!r}, expected a string")
     _require(theta and phi, "theta and phi", "empty", "parameters in both")
     if torch.is_inference_mode_enabled():
         raise ValueError("autograd records nothing in torch.inference_mode(); no_grad() will do")
+    if getattr(torch.nn.utils.parametrize, "_cache_enabled", 0):
+        raise ValueError("parametrize.cached() keeps weights of earlier passes: call it outside")
     variables = {**_named("theta", _moving(theta)), **_named("psi", psi), **_named("phi", phi)}
     for name, t in variables.items():
         if torch.nn.parameter.is_lazy(t):
@@ -1325,6 +1391,19 @@ def _check_arguments(
         if t.is_inference():
             raise ValueError(f"{name} was made in torch.inference_mode(): clone it outside")
         _require(t.is_floating_point(), name, t.dtype, "real floating-point numbers")
+        _require(t.layout == torch.strided, name, t.layout, "torch.strided (to_dense())")
+    first_name, first = next(iter(variables.items()))
+    name_at = {}
+    for name, t in variables.items():
+        if t.device != first.device:
+            raise ValueError(f"{name} is on {t.device}, but {first_name} on {first.device}")
+        # Two variables at one place in memory would count as two where there is one. As starting
+        # points of two groups, such as of θ and ψ, they are two.
+        group, _, _ = name.partition(".")
+        place = (group, t.data_ptr(), t.shape, t.stride())
+        other = name_at.setdefault(place, name)
+        if other != name and t.numel() and t.data_ptr():
+            raise ValueError(f"{other} and {name} are one tensor: give it once, or clone it")
     if solver.hvp == "finite":
         # Gradients in half precision have two or three digits, their small differences none. Of
         # phi they are the result, of theta what every solver but "identity" goes on from.
@@ -1481,7 +1560,9 @@ class Settings:
     steps: int = setting(1000, "PT steps", PRETRAINING, AT_LEAST_1)
     batch_size: int = setting(64, "PT examples a step", PRETRAINING, AT_LEAST_1)
     lr: float = setting(1e-3, "Learning rate of PT (Adam)", PRETRAINING, POSITIVE)
-    cosine: bool = setting(False, "That rate falls to 0 along a cosine", PRETRAINING)
+    cosine: bool = setting(
+        default=False, help="That rate falls to 0 along a cosine", group=PRETRAINING
+    )
     precision: str = setting(
         "float32",
         "Of the networks' passes in losses: float32, or bf16 (autocast)",
@@ -1802,18 +1883,18 @@ def under_every_name(module: nn.Module, tensors: Params) -> Params:
     tensors twice and then put the replacement back in place of the Parameter.
     """
     originals = itertools.chain(module.named_parameters(), module.named_buffers())
-    name_of = {id(original): name for name, original in originals}
+    name_by_id = {id(original): name for name, original in originals}
     places = {}
     for path, part in module.named_modules():
         prefix = f"{path}." if path else ""
-        held = itertools.chain(
+        tensors_here = itertools.chain(
             part.named_parameters(recurse=False, remove_duplicate=False),
             part.named_buffers(recurse=False, remove_duplicate=False),
         )
-        for name, original in held:
-            if name_of[id(original)] in tensors:
-                places[prefix + name] = tensors[name_of[id(original)]]
-    unknown = set(tensors) - set(name_of.values())
+        for name, original in tensors_here:
+            if name_by_id[id(original)] in tensors:
+                places[prefix + name] = tensors[name_by_id[id(original)]]
+    unknown = set(tensors) - set(name_by_id.values())
     if unknown:
         raise KeyError(f"{type(module).__name__} has no {', '.join(sorted(unknown))}")
     return places
@@ -2507,14 +2588,15 @@ class Training:
     def end_of_episode(self) -> int:
         """The PT step at which the episode that begins now ends.
 
-        Episodes of P steps are counted from the end of the warm-up. The warm-up has episodes of
-        its own, the first of which is shorter where P does not divide it.
+        Episodes of P steps are counted from the end of the warm-up, to both sides: the first one
+        of the warm-up and the last one of all are shorter where P does not divide.
         """
         warmup = self.settings.warmup_steps
         every = self.settings.meta_every
-        last = warmup if self.step < warmup else self.settings.steps
+        # In Python the remainder is positive before the end of the warm-up, too.
         steps_into_episode = (self.step - warmup) % every
-        return min(self.step + every - steps_into_episode, last)
+        end = self.step + every - steps_into_episode
+        return min(end, self.settings.steps)
 
     def progress(self, step: int) -> float:
         """The share of the round after its warm-up that is over; 1 where φ is fixed."""
@@ -2787,13 +2869,14 @@ def require_scalar(domain: Domain, name: str, value: Tensor) -> None:
         raise BadInput(f"{where} gives a tensor of shape {list(value.shape)}, not a scalar")
 
 
-def require_dependence(domain: Domain, name: str, value: Tensor, of: dict[str, Params]) -> None:
-    for symbol, params in of.items():
-        found = []
+def require_dependence(domain: Domain, name: str, value: Tensor, on: dict[str, Params]) -> None:
+    """BadInput where autograd finds no path from the loss to any of a group of parameters."""
+    for symbol, params in on.items():
+        slopes = []
         if value.requires_grad:
             tensors = list(params.values())
-            found = torch.autograd.grad(value.sum(), tensors, retain_graph=True, allow_unused=True)
-        if all(slope is None for slope in found):
+            slopes = torch.autograd.grad(value.sum(), tensors, retain_graph=True, allow_unused=True)
+        if all(slope is None for slope in slopes):
             where = f"{type(domain).__name__}.{name}"
             advice = "its modules need metapt.call(module, params, ...)"
             raise BadInput(f"{where} does not depend on {symbol}: {advice}")
@@ -2903,12 +2986,12 @@ def finetune(
         optimizer.step()
 
         if step in looks:
-            validation_loss = domain.loss(*evaluate("validation", validation)).item()
-            if validation_loss < best.lowest_loss:
+            loss_here = domain.loss(*evaluate("validation", validation)).item()
+            if loss_here < best.lowest_loss:
                 scores = {
                     name: domain.score(*evaluate(name, some)) for name, some in scored.items()
                 }
-                best = Finetuned(scores, validation_loss)
+                best = Finetuned(scores, loss_here)
     return best
 
 
@@ -3268,9 +3351,9 @@ class Run:
 
     def require_format(self, content: dict) -> None:
         """ValueError where another version of this program wrote the run."""
-        found = content.get("format")
-        if found != FORMAT:
-            raise ValueError(f"its format is {found!r}, this metapt reads {FORMAT!r}")
+        written_as = content.get("format")
+        if written_as != FORMAT:
+            raise ValueError(f"its format is {written_as!r}, this metapt reads {FORMAT!r}")
 
     def log(self, row: dict) -> None:
         """One more row of metrics."""
@@ -3334,8 +3417,8 @@ class Run:
             with self.reading("checkpoint.pt"):
                 training.load_state_dict(checkpoint["training"])
                 if training.steps_done != checkpoint["step"]:
-                    found = training.steps_done
-                    raise ValueError(f"its steps are {found!r} and {checkpoint['step']}")
+                    steps = training.steps_done
+                    raise ValueError(f"its steps are {steps!r} and {checkpoint['step']}")
         rows = [row for row in self.history() if row["step"] <= training.steps_done]
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -3355,7 +3438,7 @@ class Run:
 
     def save_figure(self, name: str, draw: Callable) -> None:
         """What `draw` makes of an empty matplotlib Figure of half a page's width, as PNG."""
-        import matplotlib
+        import matplotlib.style
         from matplotlib.figure import Figure
 
         style = {
@@ -3367,7 +3450,8 @@ class Run:
             "savefig.dpi": 200,
         }
         buffer = io.BytesIO()
-        with matplotlib.rc_context(style), warnings.catch_warnings():
+        # The user's own settings, which may ask for LaTeX, have no part in it.
+        with matplotlib.style.context(["default", style]), warnings.catch_warnings():
             # matplotlib warns of numbers beyond every scale, and of letters that a font lacks.
             warnings.simplefilter("ignore")
             figure = Figure(figsize=(3.5, 2.5), layout="constrained")
@@ -3493,8 +3577,12 @@ def progress_bar(console: rich.console.Console, label: str, total: int):
 
 
 def as_label(name: str) -> str:
-    """A name as matplotlib shows it: `$` begins a formula there, and `_` hides a legend's entry."""
-    escaped = name.replace("$", r"\$")
+    """A name as matplotlib shows it: `$` begins a formula there, and `_` hides a legend's entry.
+
+    Bytes of a file's name that are no UTF-8, which it cannot draw, become question marks.
+    """
+    drawable = name.encode(errors="replace").decode()
+    escaped = drawable.replace("$", r"\$")
     return f" {escaped}" if escaped.startswith("_") else escaped
 
 
@@ -3757,7 +3845,8 @@ def parse_settings(settings_class: type[Settings], command: str, words: list[str
     given = {}
     words = list(words)
     while words:
-        word, equals, text = words.pop(0).partition("=")
+        first = words.pop(0)
+        word, equals, text = first.partition("=")
         knob = knobs.get(word)
         negated = knob is None and word.startswith("--no-")
         if negated:
@@ -3865,7 +3954,8 @@ def download(
     words = list(context.args)
     name = data_set
     if words and f"{data_set} {words[0]}" in SCRIPTS:
-        name = f"{data_set} {words.pop(0)}"
+        variant = words.pop(0)
+        name = f"{data_set} {variant}"
     if name not in SCRIPTS:
         raise BadInput(f"{name!r} cannot be downloaded; there are {', '.join(SCRIPTS)}")
     script = HERE / "data_scripts" / f"{SCRIPTS[name]}.py"
@@ -4211,7 +4301,7 @@ def phi_from_table(path: Path, domain: Domain) -> dict:
     names = [str(row[0]) for row in table[1]]
     with refusing(f"{path} is no table of φ", (OSError, ValueError, LookupError, csv.Error)):
         with path.open(newline="", encoding="utf-8") as file:
-            _, *rows = csv.reader(file)
+            _, *rows = [row for row in csv.reader(file) if row]  # without blank lines
         given = {row[0]: float(row[-1]) for row in rows}
         if len(given) != len(rows):
             raise ValueError("a name stands there twice")
@@ -4323,8 +4413,8 @@ def report(
         lines.append(f"in {useless} meta steps ‖Hq − v‖ ≥ ‖v‖: more --damping or --terms may help")
     if domain.settings.compare:
         methods = methods_of(training, learned, run)
-        found, sentences = compare_methods(training, methods, console)
-        summary |= found
+        entries, sentences = compare_methods(training, methods, console)
+        summary |= entries
         lines += sentences
     figures = {"losses.png": lambda figure: draw_losses(figure, run.history())}
     names = [name for name in domain.captions if name in measured] or list(shown)
@@ -4403,14 +4493,14 @@ def compare_methods(
     times = 2 if training.learn else 1
     with progress_bar(console, "comparing", times * seeds * len(methods)) as advance:
         results = compare(domain, methods, compared_sizes(domain), seeds, advance)
-        found = {"comparison": comparison_rows(domain, results)}
+        entries = {"comparison": comparison_rows(domain, results)}
         if not training.learn:
-            return found, []
+            return entries, []
         choice = choose(domain, methods, advance)
-    found["chosen"] = choice.chosen
-    found["held_score"] = choice.held_scores
+    entries["chosen"] = choice.chosen
+    entries["held_score"] = choice.held_scores
     labels = training.batches["finetune"].examples
-    return found, [f"(φ was learned with {labels} examples' FT labels)", choice.sentence]
+    return entries, [f"(φ was learned with {labels} examples' FT labels)", choice.sentence]
 
 
 def conclude(
@@ -4596,6 +4686,8 @@ def refuse_ranks() -> None:
 
 def main(words: list[str] | None = None) -> None:
     """Runs a command. What the user can mend is one line and exit status 2, other ends are 1."""
+    # Figures go into files. A notebook names a backend here that this Python may lack.
+    os.environ["MPLBACKEND"] = "agg"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # A terminal that cannot say φ shows a question mark, and not a traceback.

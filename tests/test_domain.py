@@ -40,6 +40,8 @@ WRONG = {
     "meta_batch_size": [0],
     "meta_lr_decay": [0.0],
     "average": [1.0, -0.1],
+    "rounds": [0],
+    "metric_eps": [0.0],
     "alpha": ["x", 0.0],
     "damping": [-1.0, math.inf],
     "terms": [-1],
@@ -443,6 +445,18 @@ def test_phi_comes_from_a_table_by_name(tmp_path):
     path.write_text("class,logit,share\nhigh,9,0.75\nlow,9,0.25\n")
     domain = domain_of(Named)
     phi = metapt.phi_from_table(path, domain)
+    torch.testing.assert_close(phi["weight"], torch.tensor([[0.25], [0.75]]).log())
+
+
+@pytest.mark.parametrize(
+    "end", ["\n\n", "\r\n", "\r\n\r\n", "\r"], ids=["blank", "crlf", "blank crlf", "cr"]
+)
+@pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
+def test_a_table_may_come_from_a_spreadsheet(tmp_path, begin, end):
+    path = tmp_path / "phi.csv"
+    text = "class,logit,share\nhigh,9,0.75\nlow,9,0.25\n".replace("\n", end)
+    path.write_bytes(begin + text.encode())
+    phi = metapt.phi_from_table(path, domain_of(Named))
     torch.testing.assert_close(phi["weight"], torch.tensor([[0.25], [0.75]]).log())
 
 

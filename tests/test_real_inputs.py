@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import metapt
@@ -695,3 +696,318 @@ def test_a_device_without_a_list_of_generators_has_its_numbers_replayed(monkeypa
     assert torch.equal(torch.randn(3, generator=own), first)
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
     assert len(metapt._generators(SimpleNamespace(type="other", index=0))) == 1
+
+
+# One tensor under two names, and weights of another pass
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_one_tensor_under_two_names_is_refused(detached):
+    """The minimum of ½(a − p)² + 1.5b² with a = b is p/4, without it p and 0."""
+    w = nn.Parameter(torch.ones(()))
+    theta = {"a": w.detach() if detached else w, "b": w.detach() if detached else w}
+
+    def loss(theta, phi):
+        return 0.5 * (theta["a"] - phi["p"]) ** 2 + 1.5 * theta["b"] ** 2
+
+    def run(theta):
+        phi = {"p": torch.tensor(4.0)}
+        return solve(loss, lambda theta: theta["a"] + theta["b"], theta, phi, Solver("cg", 5))
+
+    with pytest.raises(ValueError, match=r"theta\.a and theta\.b are one tensor: give it once"):
+        run(theta)
+    assert run({"a": w, "b": w.detach().clone().requires_grad_()}).phi["p"].item() == 1.0
+
+
+def test_theta_psi_and_phi_may_begin_with_the_same_numbers():
+    w = torch.ones(2)
+    found = hypergradient(
+        shift_loss,
+        lambda theta, psi: (psi["w"] - theta["w"]).square().sum(),
+        lambda theta, psi: psi["w"].sum() + theta["w"].sum(),
+        {"w": w},
+        {"w": w},
+        {"p": w},
+        unroll=Unroll(1, 0.25),
+    )
+    assert found.phi["p"].tolist() == [1.5, 1.5]  # ψ₁ = (ψ + θ)/2
+
+
+class Squared(nn.Module):
+    def forward(self, x):
+        return x**2
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+def test_weights_that_parametrize_caches_are_refused(hvp):
+    """Of finite differences the first pass alone met the weights of its point: 0.2351."""
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double()
+    nn.init.constant_(net[0].weight, 0.5)
+    nn.init.constant_(net[1].weight, 1.0)
+    parametrize.register_parametrization(net[0], "weight", Squared())
+    x = torch.ones(1, 1, dtype=torch.float64)
+
+    def loss(theta, phi):
+        norm = sum(p.square().sum() for p in theta.values())
+        output = functional_call(net, theta, (x,))
+        return 0.5 * (output - phi["p"]).square().sum() + 0.5 * norm
+
+    def run():
+        return solve(
+            loss,
+            lambda theta: sum(p.sum() for p in theta.values()),
+            dict(net.named_parameters()),
+            {"p": torch.tensor(0.25, dtype=torch.float64)},
+            Solver("cg", 5, hvp=hvp),
+        )
+
+    with parametrize.cached(), pytest.raises(ValueError, match=r"parametrize\.cached\(\) keeps"):
+        run()
+    # Of ½(wu² − p)² + ½u² + ½w² at u = ½, w = 1 and p = ¼; ∇²_θφ L is −(1, ¼).
+    hessian = torch.tensor([[2.0, 0.25], [0.25, 1.0625]], dtype=torch.float64)
+    q = torch.linalg.solve(hessian, torch.ones(2, dtype=torch.float64))
+    assert run().phi["p"].item() == pytest.approx((q[0] + q[1] / 4).item(), rel=1e-6)
+
+
+# What the caller has set
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+@pytest.mark.parametrize("method", ["cg", "neumann", "nystrom"])
+def test_the_solver_does_not_compute_under_the_callers_autocast(method, hvp):
+    draw = torch.Generator().manual_seed(0)
+    root = torch.randn(6, 6, generator=draw)
+    hessian = root @ root.T / 6 + torch.eye(6)
+    v = torch.randn(6, generator=draw)
+    seen = []
+
+    def loss(theta, phi):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        product = (hessian * theta["w"]).sum(1)
+        return 0.5 * (theta["w"] * product).sum() - phi["p"] * theta["w"].sum()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = solve(
+            loss,
+            lambda theta: (v * theta["w"]).sum(),
+            {"w": torch.ones(6)},
+            {"p": torch.tensor(0.3)},
+            Solver(method, 60 if method == "neumann" else 6, hvp=hvp),
+        )
+        assert torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
+    assert set(seen) == {(True, torch.bfloat16)}
+    truth = torch.linalg.solve(hessian, v).sum().item()
+    assert found.phi["p"].item() == pytest.approx(truth, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["neumann", "nystrom"])
+def test_a_default_device_does_not_matter(method):
+    """On the device "meta" there are no numbers, so that none can come from there."""
+    theta, psi, phi = {"w": torch.ones(2)}, {"h": torch.zeros(1)}, {"p": torch.tensor(0.5)}
+    with torch.device("meta"):
+        found = hypergradient(
+            shift_loss,
+            lambda theta, psi: psi["h"].square().sum(),
+            lambda theta, psi: theta["w"].sum() + 0 * psi["h"].sum(),
+            theta,
+            psi,
+            phi,
+            solver=Solver(method, 2),
+        )
+    assert found.phi["p"].item() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("group", ["theta", "phi"])
+def test_tensors_on_two_devices_are_named(group):
+    away = {"x": torch.zeros(2, device="meta")}
+    theta, phi = {"w": torch.ones(2)}, {"p": torch.tensor(1.0)}
+    (theta if group == "theta" else phi).update(away)
+    text = rf"{group}\.x is on meta, but theta\.w on cpu"
+    with pytest.raises(ValueError, match=text):
+        solve(shift_loss, lambda theta: theta["w"].sum(), theta, phi, Solver("cg", 2))
+
+
+def test_sparse_parameters_are_named():
+    text = r"theta\.w is torch\.sparse_coo, expected torch\.strided"
+    with pytest.raises(ValueError, match=text):
+        solve(
+            lambda theta, phi: (theta["w"].to_dense() - phi["p"]).square().sum(),
+            lambda theta: theta["w"].to_dense().sum(),
+            {"w": torch.eye(3).to_sparse()},
+            {"p": torch.tensor(1.0)},
+            Solver("cg", 2),
+        )
+
+
+def test_names_that_are_numbers_are_named():
+    """A list of parameters, as other libraries take it, was numbered."""
+    with pytest.raises(TypeError, match="theta has a tensor of the name 0, expected a string"):
+        solve(
+            lambda theta, phi: (theta[0] - phi["p"]).square().sum(),
+            lambda theta: theta[0].sum(),
+            {0: torch.ones(2)},
+            {"p": torch.tensor(1.0)},
+            Solver("cg", 2),
+        )
+
+
+# Losses that cannot be differentiated as they should
+
+
+def test_compiled_losses_are_one_line_where_they_lack_second_derivatives():
+    compiled = torch.compile(lambda w, p: 0.5 * (w.exp() - p).square().sum(), backend="aot_eager")
+
+    def run(hvp):
+        return solve(
+            lambda theta, phi: compiled(theta["w"], phi["p"]),
+            lambda theta: theta["w"].sum(),
+            {"w": torch.zeros(1, dtype=torch.float64)},
+            {"p": torch.tensor(0.3, dtype=torch.float64)},
+            Solver("cg", 2, hvp=hvp),
+        )
+
+    with pytest.raises(
+        NotImplementedError, match="pretrain_loss: .*compile.*double backward.*hvp='finite'"
+    ) as caught:
+        run("exact")
+    assert "\n" not in str(caught.value)
+    assert run("finite").phi["p"].item() == pytest.approx(1 / 1.7, rel=1e-6)  # 1 / (2e^2w − pe^w)
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+def test_a_loss_that_takes_its_own_backward_pass_is_named(hvp):
+    def loss(theta, phi):
+        value = shift_loss(theta, phi)
+        value.backward()
+        return value
+
+    with pytest.raises(ValueError, match=r"pretrain_loss: .*used up.*backward\(\)") as caught:
+        solve(
+            loss,
+            lambda theta: theta["w"].sum(),
+            {"w": torch.ones(2)},
+            {"p": torch.tensor(1.0)},
+            Solver("cg", 2, hvp=hvp),
+        )
+    assert "\n" not in str(caught.value) and caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+@pytest.mark.parametrize("stage", ["L_PT", "L_FT"])
+def test_a_mean_over_no_labels_is_refused(stage, hvp):
+    """Where all labels are to be ignored the loss is NaN, but its gradient 0."""
+    none = torch.full((3,), -100)
+
+    def empty(weights, factor):
+        return nn.functional.cross_entropy(weights * factor, none)
+
+    losses = [shift_loss, lambda theta, psi: (psi["h"] - theta["w"].sum()).square()]
+    if stage == "L_PT":
+        losses[0] = lambda theta, phi: empty(theta["w"], phi["p"])
+    else:
+        losses[1] = lambda theta, psi: empty(theta["w"], psi["h"])
+    with pytest.raises(FloatingPointError, match=f"{stage} is not finite"):
+        hypergradient(
+            *losses,
+            lambda theta, psi: theta["w"].sum() + psi["h"],
+            {"w": torch.ones(3, 2)},
+            {"h": torch.tensor(1.0)},
+            {"p": torch.tensor(1.0)},
+            unroll=Unroll(2),
+            solver=Solver("identity", hvp=hvp),
+        )
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+@pytest.mark.parametrize("method", ["identity", "neumann", "cg", "nystrom"])
+def test_tensors_of_phi_that_the_pretraining_loss_does_not_reach_are_named(method, hvp):
+    """The minimum of ½(w − st)² is w = st; with s as a number, dL_V/ds is not seen."""
+
+    def run(hidden, **options):
+        def loss(theta, phi):
+            scale = phi["s"].item() if hidden else phi["s"]
+            return 0.5 * (theta["w"] - scale * phi["t"]).square().sum()
+
+        return solve(
+            loss,
+            lambda theta: theta["w"].sum(),
+            {"w": torch.ones(2)},
+            {"s": torch.tensor(0.5), "t": torch.tensor(3.0)},
+            Solver(method, 2, hvp=hvp),
+            **options,
+        )
+
+    found, texts = told(lambda: run(hidden=False))
+    assert found.phi["s"].item() == pytest.approx(6, rel=1e-3)
+    assert texts == []
+    found, texts = told(lambda: run(hidden=True))
+    assert found.phi["t"].item() == pytest.approx(1, rel=1e-3)
+    assert len(texts) == 1 and "item()" in texts[0] and texts[0].endswith("Without a path: s")
+    _, texts = told(lambda: run(hidden=True, allow_unused=True))
+    assert texts == []
+
+
+# What was right from the first
+
+
+def recurrent():
+    torch.manual_seed(0)
+    net = nn.LSTM(2, 3).double()
+    x = torch.randn(4, 1, 2, dtype=torch.float64)
+    return net, lambda theta: functional_call(net, theta, (x,))[0]
+
+
+def in_place():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True), nn.Linear(3, 1)).double()
+    x = torch.randn(4, 2, dtype=torch.float64)
+    return net, lambda theta: functional_call(net, theta, (x,))
+
+
+def vectorised():
+    torch.manual_seed(0)
+    net = nn.Linear(2, 1).double()
+    x = torch.randn(4, 2, dtype=torch.float64)
+    return net, lambda theta: torch.func.vmap(lambda row: functional_call(net, theta, (row,)))(x)
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+@pytest.mark.parametrize("kind", [recurrent, in_place, vectorised])
+def test_ordinary_modules_agree_with_the_dense_formula(kind, hvp):
+    net, output = kind()
+    theta = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(theta, phi):
+        pull = sum(p.square().sum() for p in theta.values())
+        return (output(theta) - phi["p"]).square().sum() + 20 * pull
+
+    def of_vector(vector, p):
+        pieces = vector.split([t.numel() for t in theta.values()])
+        named = {name: piece.view_as(t) for piece, (name, t) in zip(pieces, theta.items())}
+        return loss(named, {"p": p})
+
+    p = torch.tensor(0.3, dtype=torch.float64)
+    vector = torch.cat([t.flatten() for t in theta.values()])
+    (hessian, mixed), _ = torch.autograd.functional.hessian(of_vector, (vector, p))
+    q = torch.linalg.solve(hessian, torch.ones_like(vector))
+    found = solve(
+        loss,
+        lambda theta: sum(t.sum() for t in theta.values()),
+        theta,
+        {"p": p},
+        Solver("cg", 100, hvp=hvp),
+    )
+    assert found.phi["p"].item() == pytest.approx(-(q @ mixed.flatten()).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+def test_decay_by_the_optimiser_is_damping(hvp):
+    """With weight decay λ the end of pre-training is w = p / (1 + λ)."""
+    found = solve(
+        shift_loss,
+        lambda theta: theta["w"].sum(),
+        {"w": torch.ones(2)},
+        {"p": torch.tensor(1.0)},
+        Solver("cg", 2, damping=0.1, hvp=hvp),
+    )
+    assert found.phi["p"].item() == pytest.approx(2 / 1.1, rel=1e-4)

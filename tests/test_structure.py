@@ -188,7 +188,6 @@ def test_the_file_is_written_plainly():
         for node in nodes
         if isinstance(node, ast.Call)
         and any(isinstance(a, ast.Constant) and isinstance(a.value, bool) for a in node.args)
-        and getattr(node.func, "id", "") != "setting"
     ]
     assert not positional_booleans
 

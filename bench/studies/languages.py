@@ -2,6 +2,7 @@
 
     python -m bench.studies.languages run --data data --seeds 20,21 --targets Faroese-OFT
     python -m bench.studies.languages report
+    python -m bench.studies.languages figure
 
 Cells are (target, seed); each method pre-trains afresh on the cell's seed and is fine-tuned three
 times: a head on 10 sentences, a head on 100, and everything on 100. `run` stores each cell's
@@ -29,8 +30,10 @@ import torch
 import typer
 
 import metapt
+from bench.stored import RESULTS as ALL_RESULTS
+from bench.stored import save_figure, save_json
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "languages"
+RESULTS = ALL_RESULTS / "languages"
 COLUMNS = ("head 10", "head 100", "all 100")
 TARGETS = (
     "Afrikaans-AfriBooms",
@@ -212,8 +215,7 @@ def store(setting: str, key: str, method: str, scores: list[float]) -> None:
     """One more result. What another process stored meanwhile stays."""
     results = stored(setting)
     results.setdefault(key, {})[method] = scores
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    metapt.write_whole(RESULTS / f"{setting}.json", (json.dumps(results, indent=1) + "\n").encode())
+    save_json(RESULTS / f"{setting}.json", results)
 
 
 METHODS = (
@@ -245,33 +247,94 @@ def run(
                 print(key, method, *(f"{100 * score:.1f}" for score in scores), flush=True)
 
 
+def gains_of(results: dict, method: str, versus: str, column: int | slice) -> np.ndarray:
+    """A method minus another, cell by cell, in one column or in the mean over all."""
+    return np.array(
+        [
+            np.mean(scores[method][column]) - np.mean(scores[versus][column])
+            for scores in results.values()
+            if method in scores and versus in scores
+        ]
+    )
+
+
+def in_points(gains: np.ndarray) -> str:
+    found = metapt.mean_and_interval(gains)
+    half = None if found["high"] is None else found["high"] - found["mean"]
+    return f"{metapt.percent(found['mean'])} ± {metapt.percent(half)}"
+
+
 @app.command()
 def report(
     setting: Annotated[str, typer.Option(help="Of learning φ")] = "default",
     versus: Annotated[str, typer.Option(help="What gains are measured on")] = "even",
     seeds: Annotated[str, typer.Option(help="With commas; else all")] = "",
+    targets: Annotated[str, typer.Option(help="With commas; else all")] = "",
+    markdown: Annotated[bool, typer.Option(help="A table for a page")] = False,
 ):
-    """Gains in points, the mean over cells and half of the 95 % interval over targets."""
-    results = stored(setting)
-    wanted = seeds.split(",") if seeds else None
-    keys = [key for key in results if not wanted or key.split()[1] in wanted]
-    console = metapt.make_console(as_json=False)
-    methods = dict.fromkeys(method for key in keys for method in results[key])
+    """Gains in points: the mean over cells, and half of the 95 % interval."""
+    wanted_seeds = seeds.split(",") if seeds else None
+    wanted_targets = targets.split(",") if targets else None
+    results = {}
+    for key, scores in stored(setting).items():
+        target, seed = key.split()
+        of_seed = not wanted_seeds or seed in wanted_seeds
+        of_target = not wanted_targets or target in wanted_targets
+        if of_seed and of_target:
+            results[key] = scores
+    columns = (*range(len(COLUMNS)), slice(None))
     rows = []
-    for method in methods:
-        cells = [key for key in keys if method in results[key] and versus in results[key]]
-        cells_text = [f"{len(cells)}"]
-        for column in (*range(len(COLUMNS)), slice(None)):
-            gains = [
-                np.mean(results[key][method][column]) - np.mean(results[key][versus][column])
-                for key in cells
-            ]
-            found = metapt.mean_and_interval(np.array(gains))
-            half = None if found["high"] is None else found["high"] - found["mean"]
-            cells_text.append(f"{metapt.percent(found['mean'])} ± {metapt.percent(half)}")
-        rows.append([method, *cells_text])
+    for method in dict.fromkeys(method for scores in results.values() for method in scores):
+        number = len(gains_of(results, method, versus, 0))
+        gains = [in_points(gains_of(results, method, versus, column)) for column in columns]
+        rows.append([method, f"{number}", *gains])
+    names = ["method", "cells", *COLUMNS, "mean"]
     title = f"Gain on {versus} (points, mean over cells ± half of the 95 % interval)"
-    metapt.show_table(console, title, ["method", "cells", *COLUMNS, "mean"], rows)
+    if markdown:
+        for row in (names, ["---"] * len(names), *rows):
+            print(f"| {' | '.join(row)} |")
+    else:
+        metapt.show_table(metapt.make_console(as_json=False), title, names, rows)
+
+
+@app.command()
+def figure(
+    setting: Annotated[str, typer.Option(help="Of learning φ")] = "default",
+    seeds: Annotated[str, typer.Option(help="With commas; else all")] = "",
+):
+    """Draws bench/results/languages/gains.png: each method's gain on even shares."""
+    wanted = seeds.split(",") if seeds else None
+    results = {
+        key: scores
+        for key, scores in stored(setting).items()
+        if not wanted or key.split()[1] in wanted
+    }
+
+    def draw(figure) -> None:
+        axis = figure.subplots()
+        methods = [method for method in reversed(METHODS.split()) if method not in ("none", "even")]
+        for position, method in enumerate(methods):
+            gains = 100 * gains_of(results, method, "even", slice(None))
+            if not len(gains):
+                continue
+            learned = "learned" in method
+            colour = "C3" if learned else "0.45"
+            found = metapt.mean_and_interval(gains)
+            axis.plot(gains, [position] * len(gains), ".", ms=3, color=colour, alpha=0.35)
+            axis.errorbar(
+                found["mean"],
+                position,
+                xerr=found["high"] - found["mean"],
+                fmt="o",
+                ms=4,
+                capsize=2,
+                color=colour,
+            )
+        axis.axvline(0, color="0.7", lw=0.8)
+        axis.set_yticks(range(len(methods)), methods)
+        axis.set(xlabel="gain on even shares (points of accuracy, mean over FT)")
+
+    save_figure(RESULTS / "gains.png", draw)
 
 
 if __name__ == "__main__":

@@ -429,7 +429,7 @@ def report(
     cells: Annotated[
         bool, typer.Option(help="In each cell the gain with its interval, not the mean")
     ] = False,
-    markdown: Annotated[bool, typer.Option(help="As bench/README.md has them")] = False,
+    markdown: Annotated[bool, typer.Option(help="As bench/docs has them")] = False,
 ):
     """Tables by experiment, and a figure."""
     figures = {}
