@@ -2399,13 +2399,13 @@ class Batches:
     def __init__(self, examples: int, batch_size: int):
         self.examples = examples
         self.batch_size = min(batch_size, examples)
-        self.order = torch.randperm(examples)
+        self.order = torch.randperm(examples, device="cpu")
         self.position = 0
 
     def next(self) -> Tensor:
         """int64 [batch_size], on the CPU."""
         if self.position + self.batch_size > self.examples:
-            self.order = torch.randperm(self.examples)
+            self.order = torch.randperm(self.examples, device="cpu")
             self.position = 0
         index = self.order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
@@ -2932,9 +2932,10 @@ def finetune(
     settings = domain.settings
     torch.manual_seed(seed)
     train_size, validation_size = domain.finetune_split(examples)
-    order = torch.randperm(domain.sizes["finetune"])
-    draw = torch.Generator().manual_seed(seed)
-    validation_order = torch.randperm(domain.sizes["validation"], generator=draw)
+    order = torch.randperm(domain.sizes["finetune"], device="cpu")
+    draw = torch.Generator("cpu").manual_seed(seed)
+    available = domain.sizes["validation"]
+    validation_order = torch.randperm(available, generator=draw, device="cpu")
     # In evaluation mode, as in `Domain.finetune_loss`.
     head = domain.head().eval()
     encoder = copy.deepcopy(network).eval()
