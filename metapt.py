@@ -1622,7 +1622,9 @@ class Settings:
         LEARNING,
         one_of("", "adam"),
     )
-    metric_eps: float = setting(1e-8, "ε of that metric: M = √v̂ + ε", LEARNING, POSITIVE)
+    metric_eps: float = setting(
+        1e-8, "ε of that metric, added to the root of Adam's second moment", LEARNING, POSITIVE
+    )
     alpha: float | None = setting(
         None, "Step size of neumann; else estimated", LEARNING, POSITIVE_IF_GIVEN
     )
@@ -2593,7 +2595,7 @@ class Training:
         """
         warmup = self.settings.warmup_steps
         every = self.settings.meta_every
-        # In Python the remainder is positive before the end of the warm-up, too.
+        # In Python a remainder is never negative, not even before the end of the warm-up.
         steps_into_episode = (self.step - warmup) % every
         end = self.step + every - steps_into_episode
         return min(end, self.settings.steps)
