@@ -4365,8 +4365,12 @@ def follow(training: Training, run: Run, command: str, console: rich.console.Con
             run.log(
                 {"step": training.steps_done, "skipped": training.skipped, **losses, **measured}
             )
-            first = next(iter(measured.values()), None)
-            advance(training.steps_done, "" if first is None else f"φ {first:.4g}")
+            # One number is worth following by eye; of many, none in particular.
+            followed = [name for name in domain.captions if name in measured] or list(measured)
+            status = ""
+            if len(followed) == 1 and measured[followed[0]] is not None:
+                status = f"φ {measured[followed[0]]:.4g}"
+            advance(training.steps_done, status)
             if asked_to_stop.is_set():
                 run.save_checkpoint(training)
                 where = f"stopped at PT step {training.steps_done}"
