@@ -335,6 +335,7 @@ def figure(
         axis.set(xlabel="gain on even shares (points of accuracy)")
 
     save_figure(RESULTS / "gains.png", draw)
+    print(RESULTS / "gains.png")
 
 
 if __name__ == "__main__":
