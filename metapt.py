@@ -3838,13 +3838,15 @@ def why_idle(name: str, settings: Settings) -> str:
     return ""
 
 
+def knobs_for(settings_class: type[Settings], command: str) -> list[Knob]:
+    """The settings that `meta` or `pretrain` takes."""
+    knobs = knobs_of(settings_class).values()
+    return [knob for knob in knobs if command == "meta" or not knob.learning]
+
+
 def parse_settings(settings_class: type[Settings], command: str, words: list[str]) -> dict:
     """`--name=value` or `--name value`, `--flag` or `--no-flag`, as {setting: value}."""
-    knobs = {
-        flag(knob.name): knob
-        for knob in knobs_of(settings_class).values()
-        if command == "meta" or not knob.learning
-    }
+    knobs = {flag(knob.name): knob for knob in knobs_for(settings_class, command)}
     given = {}
     words = list(words)
     while words:
@@ -4136,11 +4138,7 @@ def print_help(context: typer.Context, request: TrainingRequest) -> None:
         kind = request.kind()
     console.print(context.get_help())
     console.print(f"\nSettings of {name_of(kind)}, as --name=value or --name value:")
-    knobs = [
-        knob
-        for knob in knobs_of(kind.Settings).values()
-        if request.command == "meta" or not knob.learning
-    ]
+    knobs = knobs_for(kind.Settings, request.command)
     for group in dict.fromkeys([*GROUPS, *(knob.group for knob in knobs)]):
         rows = [describe_knob(knob) for knob in knobs if knob.group == group]
         if rows:
@@ -4366,10 +4364,10 @@ def follow(training: Training, run: Run, command: str, console: rich.console.Con
                 {"step": training.steps_done, "skipped": training.skipped, **losses, **measured}
             )
             # One number is worth following by eye; of many, none in particular.
-            followed = [name for name in domain.captions if name in measured] or list(measured)
+            names = names_to_follow(domain, measured)
             status = ""
-            if len(followed) == 1 and measured[followed[0]] is not None:
-                status = f"φ {measured[followed[0]]:.4g}"
+            if len(names) == 1 and measured[names[0]] is not None:
+                status = f"φ {measured[names[0]]:.4g}"
             advance(training.steps_done, status)
             if asked_to_stop.is_set():
                 run.save_checkpoint(training)
@@ -4377,6 +4375,16 @@ def follow(training: Training, run: Run, command: str, console: rich.console.Con
                 raise Failed(f"{where}; {how_to_go_on(command, run)}")
 
         training.run(on_episode, run.save_checkpoint)
+
+
+def names_to_follow(domain: Domain, measured: dict[str, float | None]) -> list[str]:
+    """What of φ a run is followed by: what has a caption, or else the ten largest numbers."""
+    captioned = [name for name in domain.captions if name in measured]
+    return captioned or list(ten_largest(without_none(measured)))
+
+
+def without_none(numbers: dict[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def report(
@@ -4398,11 +4406,10 @@ def report(
         "phi": phi_in_numbers(learned, measured),
         **facts,
     }
-    shown = ten_largest({name: value for name, value in measured.items() if value is not None})
+    shown = ten_largest(without_none(measured))
     lines = [
         f"{name.replace('_', ' ')}: {value:.4g}"
-        for name, value in {**shown, **facts}.items()
-        if value is not None
+        for name, value in {**shown, **without_none(facts)}.items()
     ]
     table = domain.table(learned)
     if table:
@@ -4414,7 +4421,8 @@ def report(
         run.write("phi.pt", saved_bytes(learned.state_dict()))
     if training.skipped:
         lines.append(f"{training.skipped} meta steps were skipped: they had no usable gradient")
-    residuals = [row.get("residual") for row in run.history()]
+    history = run.history()
+    residuals = [row.get("residual") for row in history]
     useless = sum(residual is not None and residual >= 1 for residual in residuals)
     if useless:
         lines.append(f"in {useless} meta steps ‖Hq − v‖ ≥ ‖v‖: more --damping or --terms may help")
@@ -4423,10 +4431,10 @@ def report(
         entries, sentences = compare_methods(training, methods, console)
         summary |= entries
         lines += sentences
-    figures = {"losses.png": lambda figure: draw_losses(figure, run.history())}
-    names = [name for name in domain.captions if name in measured] or list(shown)
+    figures = {"losses.png": lambda figure: draw_losses(figure, history)}
+    names = names_to_follow(domain, measured)
     if training.meta_steps and names:
-        figures["phi.png"] = lambda figure: draw_phi(figure, run.history(), domain, names)
+        figures["phi.png"] = lambda figure: draw_phi(figure, history, domain, names)
     figures |= domain.figures(learned)
     return conclude(run, summary, figures, lines, started, console)
 
