@@ -1429,6 +1429,8 @@ def _check_arguments(
 # 3. What an experiment is: its settings, its networks, its domain
 
 import abc
+import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import copy
 import csv
@@ -1442,7 +1444,9 @@ import inspect
 import io
 import itertools
 import json
+import multiprocessing
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -1750,7 +1754,18 @@ class Knob(NamedTuple):
 
 
 # What a setting cannot be called.
-OPTIONS_OF_COMMANDS = ("data", "device", "help", "json", "out", "phi", "preset", "resume", "use")
+OPTIONS_OF_COMMANDS = (
+    "data",
+    "device",
+    "help",
+    "jobs",
+    "json",
+    "out",
+    "phi",
+    "preset",
+    "resume",
+    "use",
+)
 
 
 @functools.cache
@@ -1869,8 +1884,8 @@ def call(
         buffers = {name: buffer.clone() for name, buffer in buffers.items()}
     tensors = under_every_name(module, {**params, **buffers})
     lower_precision = getattr(module, "precision", "float32") == "bf16"
-    device = next(iter(params.values()), torch.empty(0)).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=lower_precision):
+    device_type = next((t.device.type for t in params.values()), "cpu")
+    with torch.autocast(device_type, torch.bfloat16, enabled=lower_precision):
         output = torch.func.functional_call(module, tensors, inputs, options, tie_weights=False)
     if lower_precision and isinstance(output, Tensor):
         return output.float()
@@ -1884,8 +1899,7 @@ def under_every_name(module: nn.Module, tensors: Params) -> Params:
     that stands under two names is one place: functional_call, left to itself, would replace its
     tensors twice and then put the replacement back in place of the Parameter.
     """
-    originals = itertools.chain(module.named_parameters(), module.named_buffers())
-    name_by_id = {id(original): name for name, original in originals}
+    name_by_id = {}
     places = {}
     for path, part in module.named_modules():
         prefix = f"{path}." if path else ""
@@ -1894,8 +1908,10 @@ def under_every_name(module: nn.Module, tensors: Params) -> Params:
             part.named_buffers(recurse=False, remove_duplicate=False),
         )
         for name, original in tensors_here:
-            if name_by_id[id(original)] in tensors:
-                places[prefix + name] = tensors[name_by_id[id(original)]]
+            # Where a tensor is met first has the name that `named_parameters` gives it.
+            first_name = name_by_id.setdefault(id(original), prefix + name)
+            if first_name in tensors:
+                places[prefix + name] = tensors[first_name]
     unknown = set(tensors) - set(name_by_id.values())
     if unknown:
         raise KeyError(f"{type(module).__name__} has no {', '.join(sorted(unknown))}")
@@ -1935,7 +1951,7 @@ class Domain(abc.ABC):
     tests: ClassVar[dict[str, str]] = {"test": "accuracy"}
     # What `measure` gives, in words for the axis of a figure.
     captions: ClassVar[dict[str, str]] = {}
-    # How many threads of the CPU serve best; None: torch's choice.
+    # How many threads of the CPU serve best; None: torch's choice, and one in a comparison.
     threads: ClassVar[int | None] = None
     # Whether L_PT is a mean over examples, so that several processes may divide a batch.
     mean_over_examples: ClassVar[bool] = True
@@ -1950,6 +1966,7 @@ class Domain(abc.ABC):
         """`data` is the folder under which prepared data lie. Here torch is seeded."""
         self.settings = settings
         self.device = device
+        self.data_folder = data
         torch.manual_seed(settings.seed)
 
     @abc.abstractmethod
@@ -3034,31 +3051,91 @@ def compared_sizes(domain: Domain) -> list[int]:
     return sizes
 
 
-# From a seed to the θ that is compared.
-Method = Callable[[int], Network]
+class Method(NamedTuple):
+    """How a network that is compared comes about: plain data, which other processes can be sent."""
+
+    way: str  # "untrained", "pretrained" (afresh, by the cell's seed) or "given"
+    phi: dict | None = None  # of "pretrained": φ's state dict; None: φ as the domain begins it
+    theta: dict | None = None  # of "given": the network's state dict
+    settings: Settings | None = None  # of "given": what the network was made with
 
 
-def compare(
-    domain: Domain,
-    methods: dict[str, Method],
-    sizes: Sequence[int],
-    seeds: int,
-    advance: Callable[[], None],
-    measure: Callable = finetune,
-) -> dict[tuple[str, int], list]:
-    """What several encoders give after the same FT: by method and FT-set size, a list over seeds.
+def given_network(domain: Domain, network: Network) -> Method:
+    """The method that every seed has this network of the domain for."""
+    theta = {name: t.detach().cpu() for name, t in network.state_dict().items()}
+    return Method("given", theta=theta, settings=domain.settings)
 
-    `advance` is called after each method and seed; `measure` is `finetune`, or takes its arguments.
-    """
-    results = {(method, size): [] for method in methods for size in sizes}
-    for seed in range(seeds):
-        for method, network_of in methods.items():
-            torch.manual_seed(seed)
-            network = network_of(seed)
-            for size in sizes:
-                results[method, size].append(measure(domain, network, size, seed))
-            advance()
-    return results
+
+def make_network(domain: Domain, method: Method, seed: int) -> Network:
+    torch.manual_seed(seed)
+    if method.way == "untrained":
+        return domain.network()
+    if method.way == "pretrained":
+        return pretrain_afresh(domain, seed, method.phi)
+    if method.settings != domain.settings:
+        domain = type(domain)(method.settings, domain.device, domain.data_folder)
+    network = domain.network()
+    network.load_state_dict(method.theta)
+    return network
+
+
+class Cell(NamedTuple):
+    """What is measured by itself: one method with one seed."""
+
+    name: str  # of the method
+    method: Method
+    seed: int
+    sizes: list[int]  # of FT sets
+    with_held: bool  # whether `held_score` is wanted as well
+
+
+class Measured(NamedTuple):
+    """What became of a cell."""
+
+    finetuned: list[Finetuned]  # one for each size
+    held_score: float | None
+
+
+def cells_of(
+    methods: dict[str, Method], sizes: list[int], seeds: int, with_held: bool
+) -> list[Cell]:
+    """The cells of a comparison. No cell needs another, nor any order."""
+    return [
+        Cell(name, method, seed, sizes, with_held)
+        for seed in range(seeds)
+        for name, method in methods.items()
+    ]
+
+
+def measure_cell(domain: Domain, cell: Cell) -> Measured:
+    return measure_network(domain, make_network(domain, cell.method, cell.seed), cell)
+
+
+def measure_network(domain: Domain, network: Network, cell: Cell) -> Measured:
+    """What a cell's network gives after FT with each size, and on labels that FT did not get."""
+    finetuned = [finetune(domain, network, size, cell.seed) for size in cell.sizes]
+    held = None
+    if cell.with_held:
+        _, most = domain.finetune_limits()
+        held = held_score(domain, network, most, cell.seed)
+    return Measured(finetuned, held)
+
+
+class Comparison(NamedTuple):
+    """What several methods give after the same FT: lists over seeds."""
+
+    finetuned: dict[tuple[str, int], list[Finetuned]]  # by method and FT-set size
+    held_scores: dict[str, list[float]]  # by method
+
+
+def collect(cells: list[Cell], measured: list[Measured]) -> Comparison:
+    """The cells' results, which are in the cells' order, as one comparison."""
+    comparison = Comparison({}, {})
+    for cell, result in zip(cells, measured, strict=True):
+        for size, finetuned in zip(cell.sizes, result.finetuned, strict=True):
+            comparison.finetuned.setdefault((cell.name, size), []).append(finetuned)
+        comparison.held_scores.setdefault(cell.name, []).append(result.held_score)
+    return comparison
 
 
 def comparison_rows(domain: Domain, results: dict) -> list[dict]:
@@ -3149,15 +3226,14 @@ class Choice(NamedTuple):
     sentence: str
 
 
-def choose(domain: Domain, methods: dict[str, Method], advance: Callable[[], None]) -> Choice:
+def choose(domain: Domain, scores: dict[str, list[float]]) -> Choice:
     """Default φ, learned φ or the meta run's own θ, by FT labels that FT did not get.
 
     The default is kept unless the gain on it exceeds its standard error: learning φ adds noise.
+
+    Args:
+        scores: the held-out scores of each method, over seeds.
     """
-    _, examples = domain.finetune_limits()
-    seeds = domain.settings.compare
-    results = compare(domain, methods, [examples], seeds, advance, held_score)
-    scores = {method: outcomes for (method, _), outcomes in results.items()}
     gains = {
         method: np.subtract(scores[method], scores["default_phi"])
         for method in ("learned_phi", "online")
@@ -3923,6 +3999,9 @@ Out = Annotated[Path | None, typer.Option(help="The run's new folder; else one u
 Resume = Annotated[Path | None, typer.Option(help="Go on with this run from its last checkpoint")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Data = Annotated[Path, typer.Option(help="Where prepared data lie")]
+Jobs = Annotated[
+    int | None, typer.Option(help="Processes that compare [default: one for each free core]")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON and nothing else")]
 Help = Annotated[bool, typer.Option("--help", "-h", help="Show this, and the settings of DOMAIN")]
 
@@ -3994,6 +4073,7 @@ def pretrain(
     resume: Resume = None,
     device: Device = "auto",
     data: Data = Path("data"),
+    jobs: Jobs = None,
     as_json: AsJson = False,
     show_help: Help = False,
 ):
@@ -4009,6 +4089,7 @@ def pretrain(
         resume=resume,
         device=device,
         data=data,
+        jobs=jobs,
     )
     if show_help:
         print_help(context, request)
@@ -4025,6 +4106,7 @@ def meta(
     resume: Resume = None,
     device: Device = "auto",
     data: Data = Path("data"),
+    jobs: Jobs = None,
     as_json: AsJson = False,
     show_help: Help = False,
 ):
@@ -4040,6 +4122,7 @@ def meta(
         resume=resume,
         device=device,
         data=data,
+        jobs=jobs,
     )
     if show_help:
         print_help(context, request)
@@ -4064,6 +4147,7 @@ def finetune_run(
     out: Out = None,
     device: Device = "auto",
     data: Data = Path("data"),
+    jobs: Jobs = None,
     as_json: AsJson = False,
 ):
     """Fine-tune a run's encoder, by seed and FT-set size, beside one without PT."""
@@ -4076,7 +4160,7 @@ def finetune_run(
         "measure_batch_size": measure_batch_size,
     }
     check_export(export, force, run, out)
-    measure_runs("finetune", [run], given, seeds, out, device, data, as_json, export)
+    measure_runs("finetune", [run], given, seeds, out, device, data, jobs, as_json, export)
 
 
 @app.command(name="eval")
@@ -4094,6 +4178,7 @@ def evaluate_runs(
     out: Out = None,
     device: Device = "auto",
     data: Data = Path("data"),
+    jobs: Jobs = None,
     as_json: AsJson = False,
 ):
     """Test metrics of runs, paired by seed, with differences and 95 % intervals."""
@@ -4105,7 +4190,147 @@ def evaluate_runs(
         "measure_epochs": measure_epochs,
         "measure_batch_size": measure_batch_size,
     }
-    measure_runs("eval", runs, given, seeds, out, device, data, as_json, None)
+    measure_runs("eval", runs, given, seeds, out, device, data, jobs, as_json, None)
+
+
+# Comparisons by several processes
+
+
+def require_jobs(jobs: int | None) -> None:
+    if jobs is not None and jobs < 1:
+        raise BadInput(f"--jobs is {jobs}, expected 1 or more")
+
+
+def default_jobs(domain: Domain) -> int:
+    """As many processes as there are cores for them; one on a GPU, which they would crowd.
+
+    One, too, where another program uses this file: a process begins by running the main program
+    once more, and not every program is written for that.
+    """
+    if domain.device.type != "cpu" or __name__ != "__main__":
+        return 1
+    import joblib
+
+    # Unlike os.cpu_count it knows what a container, or taskset, leaves to this process.
+    return max(1, joblib.cpu_count() // threads_of_cell(domain))
+
+
+def threads_of_cell(domain: Domain) -> int:
+    """Fixed, because the number of threads has a say in how sums are rounded."""
+    return domain.threads or 1
+
+
+def measure_cells(
+    domain: Domain, cells: list[Cell], jobs: int | None, advance: Callable[[], None]
+) -> list[Measured]:
+    """The results of cells, in their order, from so many processes; None: as many as fit.
+
+    They are the same for any number of processes. `advance` is called after each cell.
+    """
+    if jobs is None:
+        jobs = default_jobs(domain)
+    jobs = min(jobs, len(cells))
+    if jobs > 1:
+        return measure_in_workers(domain, cells, jobs, advance)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads_of_cell(domain))
+    try:
+        measured = []
+        for cell in cells:
+            measured.append(measure_cell(domain, cell))
+            advance()
+    finally:
+        torch.set_num_threads(before)
+    return measured
+
+
+class DomainRecipe(NamedTuple):
+    """What a worker makes a domain of. It looks at prepared data where they lie."""
+
+    identity: dict  # as `identity` says it
+    settings: dict
+    device: str
+    data_folder: Path
+
+
+class WorkerEnded(Failed):
+    """A process that compared has ended by itself."""
+
+
+def measure_in_workers(
+    domain: Domain, cells: list[Cell], jobs: int, advance: Callable[[], None]
+) -> list[Measured]:
+    """The same by other processes. They end with this one, however it ends."""
+    kind = type(domain)
+    settings = dataclasses.asdict(domain.settings)
+    recipe = DomainRecipe(identity(kind), settings, str(domain.device), domain.data_folder)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        jobs,
+        # A forked process would have torch's threads in the middle of whatever they were doing.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=begin_worker,
+        initargs=(threads_of_cell(domain),),
+    )
+    others = set(multiprocessing.active_children())
+    # Workers inherit this block: Ctrl-C, which reaches them too, is answered here alone.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        # As bytes, since tensors would go through shared memory, of which there may be little.
+        arguments = [(pickle.dumps(recipe), pickle.dumps(cell)) for cell in cells]
+        sent = [pool.submit(work, *of_cell) for of_cell in arguments]
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        for done in concurrent.futures.as_completed(sent):
+            done.result()
+            advance()
+    except BaseException as error:
+        # Nobody waits for what they are in the middle of.
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+            reason = f"one of {jobs} processes that compared has ended, as where memory runs out"
+            raise WorkerEnded(reason) from None
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [done.result() for done in sent]
+
+
+def begin_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", DOUBTS_OF_SOLVES)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Ends a worker whose parent was killed and could not end it."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def work(pickled_recipe: bytes, pickled_cell: bytes) -> Measured:
+    """What a worker does with a cell."""
+    domain = made_domain(pickled_recipe)
+    # Only now, since it may name classes of the domain's file.
+    cell = pickle.loads(pickled_cell)
+    return measure_cell(domain, cell)
+
+
+@functools.cache
+def made_domain(pickled_recipe: bytes) -> Domain:
+    """A worker's domain, which is made once."""
+    recipe = pickle.loads(pickled_recipe)
+    kind = find_domain(recipe.identity["domain"])
+    if identity(kind) != recipe.identity:
+        raise Failed(f"{recipe.identity['domain']} was changed while it was in use")
+    settings = kind.Settings(**recipe.settings)
+    return kind(settings, torch.device(recipe.device), recipe.data_folder)
+
+
+# What metapt.py does not repeat: metrics.jsonl has the residual of each solve, and `report` counts
+# those that are useless.
+DOUBTS_OF_SOLVES = "‖Hq − v‖|the solver met"
 
 
 # What `pretrain` and `meta` do
@@ -4124,6 +4349,7 @@ class TrainingRequest(NamedTuple):
     resume: Path | None
     device: str
     data: Path
+    jobs: int | None
 
     def kind(self) -> type[Domain]:
         return find_domain(self.domain or next(iter(DOMAINS)))
@@ -4160,8 +4386,8 @@ def train(request: TrainingRequest, as_json: bool) -> None:
     """`pretrain` and `meta`: trains, follows it with a bar, compares, and writes the results."""
     console = make_console(as_json)
     started = time.perf_counter()
-    # metrics.jsonl has the residual of each solve, and `report` counts those that are useless.
-    warnings.filterwarnings("ignore", "‖Hq − v‖|the solver met")
+    warnings.filterwarnings("ignore", DOUBTS_OF_SOLVES)
+    require_jobs(request.jobs)
     if request.resume:
         run, training = continue_run(request, console)
     else:
@@ -4171,8 +4397,8 @@ def train(request: TrainingRequest, as_json: bool) -> None:
         if threads:
             torch.set_num_threads(threads)
         follow(training, run, request.command, console)
-        with advice_on_interrupt(f"stopped while comparing; {how_to_go_on(request.command, run)}"):
-            summary = report(training, run, request.command, started, console)
+        with advice_on_end("stopped while comparing", how_to_go_on(request.command, run)):
+            summary = report(training, run, request.command, request.jobs, started, console)
     finally:
         run.release()
     if as_json:
@@ -4329,13 +4555,15 @@ def noting_signals():
 
 
 @contextlib.contextmanager
-def advice_on_interrupt(message: str):
-    """Ctrl-C and SIGTERM end the program with this line."""
+def advice_on_end(stopped: str, advice: str):
+    """Ctrl-C, SIGTERM and the end of a worker end the program with what to do then."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        raise Failed(message) from None
+        raise Failed(f"{stopped}; {advice}") from None
+    except WorkerEnded as error:
+        raise Failed(f"{error}; with a smaller --jobs less is needed; {advice}") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -4388,7 +4616,12 @@ def without_none(numbers: dict[str, float | None]) -> dict[str, float]:
 
 
 def report(
-    training: Training, run: Run, command: str, started: float, console: rich.console.Console
+    training: Training,
+    run: Run,
+    command: str,
+    jobs: int | None,
+    started: float,
+    console: rich.console.Console,
 ) -> dict:
     """Compares after FT; writes summary, φ and figures; says what was found."""
     domain = training.domain
@@ -4428,7 +4661,7 @@ def report(
         lines.append(f"in {useless} meta steps ‖Hq − v‖ ≥ ‖v‖: more --damping or --terms may help")
     if domain.settings.compare:
         methods = methods_of(training, learned, run)
-        entries, sentences = compare_methods(training, methods, console)
+        entries, sentences = compare_methods(training, methods, jobs, console)
         summary |= entries
         lines += sentences
     figures = {"losses.png": lambda figure: draw_losses(figure, history)}
@@ -4483,35 +4716,34 @@ def final_validation_loss(training: Training) -> float | None:
 
 
 def methods_of(training: Training, learned: nn.Module, run: Run) -> dict[str, Method]:
-    """What the comparison at the end of a run compares. Each network is made once a seed."""
-    domain = training.domain
-    methods = {"no_pretraining": lambda seed: domain.network()}
+    """What the comparison at the end of a run compares."""
+    of_this_run = given_network(training.domain, training.network)
+    methods = {"no_pretraining": Method("untrained")}
     if training.learn:
-        phi = learned.state_dict()
-        methods["default_phi"] = lambda seed: pretrain_afresh(domain, seed, None)
-        methods["learned_phi"] = lambda seed: pretrain_afresh(domain, seed, phi)
-        methods["online"] = lambda seed: training.network
+        phi = {name: t.cpu() for name, t in learned.state_dict().items()}
+        methods["default_phi"] = Method("pretrained")
+        methods["learned_phi"] = Method("pretrained", phi=phi)
+        methods["online"] = of_this_run
     elif run.config()["phi"]:
-        methods["learned_phi"] = lambda seed: training.network
+        methods["learned_phi"] = of_this_run
     else:
-        methods["default_phi"] = lambda seed: training.network
-    return {name: functools.cache(network_of) for name, network_of in methods.items()}
+        methods["default_phi"] = of_this_run
+    return methods
 
 
 def compare_methods(
-    training: Training, methods: dict[str, Method], console: rich.console.Console
+    training: Training, methods: dict[str, Method], jobs: int | None, console: rich.console.Console
 ) -> tuple[dict, list[str]]:
     """The comparison and, where φ was learned, the choice: for the summary, and in sentences."""
     domain = training.domain
     seeds = domain.settings.compare
-    # Where φ was learned the choice measures each of them once more.
-    times = 2 if training.learn else 1
-    with progress_bar(console, "comparing", times * seeds * len(methods)) as advance:
-        results = compare(domain, methods, compared_sizes(domain), seeds, advance)
-        entries = {"comparison": comparison_rows(domain, results)}
-        if not training.learn:
-            return entries, []
-        choice = choose(domain, methods, advance)
+    cells = cells_of(methods, compared_sizes(domain), seeds, with_held=training.learn)
+    with progress_bar(console, "comparing", len(cells)) as advance:
+        comparison = collect(cells, measure_cells(domain, cells, jobs, advance))
+    entries = {"comparison": comparison_rows(domain, comparison.finetuned)}
+    if not training.learn:
+        return entries, []
+    choice = choose(domain, comparison.held_scores)
     entries["chosen"] = choice.chosen
     entries["held_score"] = choice.held_scores
     labels = training.batches["finetune"].examples
@@ -4556,6 +4788,7 @@ def measure_runs(
     out: Path | None,
     device: str,
     data: Path,
+    jobs: int | None,
     as_json: bool,
     export: Path | None,
 ) -> None:
@@ -4566,6 +4799,7 @@ def measure_runs(
         raise BadInput(f"--compare is {seeds}, expected 1 or more here")
     if len({path.resolve() for path in paths}) < len(paths):
         raise BadInput("a run is named twice")
+    require_jobs(jobs)
     given = {name: value for name, value in given.items() if value is not None}
     domains = [measuring_domain(Run(path), given, device, data, console) for path in paths]
     for path, domain in zip(paths, domains, strict=True):
@@ -4573,8 +4807,6 @@ def measure_runs(
     networks = [Run(path).load_encoder(d) for path, d in zip(paths, domains, strict=True)]
     domain = domains[0]
     sizes = compared_sizes(domain)
-    if domain.threads:
-        torch.set_num_threads(domain.threads)
 
     config = {
         "command": command,
@@ -4590,12 +4822,16 @@ def measure_runs(
         write_whole(export, saved_bytes(networks[0].encoder.state_dict()))
         lines.append(f"the encoder's state_dict is in {export}")
     try:
-        methods = methods_of_runs(paths, networks)
-        methods["no_pretraining"] = lambda seed: domain.network()
-        total = seeds * len(methods)
-        begin_again = f"stopped: begin {command} anew with another --out"
-        with advice_on_interrupt(begin_again), progress_bar(console, "fine-tuning", total) as bar:
-            results = compare(domain, methods, sizes, seeds, bar)
+        methods = methods_of_runs(paths, domains, networks)
+        methods["no_pretraining"] = Method("untrained")
+        cells = cells_of(methods, sizes, seeds, with_held=False)
+        begin_again = f"begin {command} anew with another --out"
+        with (
+            advice_on_end("stopped", begin_again),
+            progress_bar(console, "fine-tuning", len(cells)) as advance,
+        ):
+            comparison = collect(cells, measure_cells(domain, cells, jobs, advance))
+        results = comparison.finetuned
         summary = {
             **summary_head(command, domain),
             "scope": domain.settings.measure_scope,
@@ -4610,14 +4846,16 @@ def measure_runs(
         print(json.dumps(summary))
 
 
-def methods_of_runs(paths: list[Path], networks: list[Network]) -> dict[str, Method]:
+def methods_of_runs(
+    paths: list[Path], domains: list[Domain], networks: list[Network]
+) -> dict[str, Method]:
     """The encoders of runs by the paths of the runs, none of which is taken for a method."""
     methods = {}
-    for path, network in zip(paths, networks, strict=True):
+    for path, domain, network in zip(paths, domains, networks, strict=True):
         name = str(path)
         if name in METHODS:
             name = os.path.join(".", name)
-        methods[name] = lambda seed, network=network: network
+        methods[name] = given_network(domain, network)
     return methods
 
 

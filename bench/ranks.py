@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_leaves
 import metapt
 
 # As they are for one process: these names of metapt's are replaced below.
-from metapt import BadInput, Failed, Loss, Params, compare, noting_signals, pick_device, run_command
+from metapt import BadInput, Failed, Loss, Params, noting_signals, pick_device, run_command
 
 # ------------------------------------------------------------------------------------------------
 # The ranks, and what they tell each other
@@ -290,33 +290,26 @@ def silent_console(as_json: bool) -> rich.console.Console:
     return rich.console.Console(quiet=True)
 
 
-def compare_in_turn(
+def measure_in_turn(
     domain: metapt.Domain,
-    methods: dict,
-    sizes,
-    seeds: int,
+    cells: list[metapt.Cell],
+    jobs: int | None,
     advance: Callable[[], None],
-    measure: Callable = metapt.finetune,
-) -> dict[tuple[str, int], list]:
-    """metapt.compare, where each rank measures when it is its turn.
+) -> list[metapt.Measured]:
+    """metapt.measure_cells, where each rank measures when it is its turn.
 
     The networks are made by all ranks together, since it may be PT that makes them.
     """
-    turns = itertools.count()
-
-    def measure_in_turn(*arguments):
-        its_turn = next(turns) % size() == rank()
-        return measure(*arguments) if its_turn else None
-
-    own = compare(domain, methods, sizes, seeds, advance, measure_in_turn)
-    results = {}
+    if jobs is not None:
+        raise BadInput("--jobs is for one process; ranks divide the comparison by themselves")
+    own = []
+    for number, cell in enumerate(cells):
+        network = metapt.make_network(domain, cell.method, cell.seed)
+        its_turn = number % size() == rank()
+        own.append(metapt.measure_network(domain, network, cell) if its_turn else None)
+        advance()
     everyone = gather(own)
-    for key in own:
-        by_seed = zip(*(of_one[key] for of_one in everyone), strict=True)
-        results[key] = [
-            next(outcome for outcome in outcomes if outcome is not None) for outcomes in by_seed
-        ]
-    return results
+    return [everyone[number % size()][number] for number in range(len(cells))]
 
 
 class AskedOfAny:
@@ -367,7 +360,7 @@ def put_in_place() -> None:
     """From here on metapt's commands are those of several ranks."""
     metapt.Training = DividedTraining
     metapt.Run = SharedRun
-    metapt.compare = compare_in_turn
+    metapt.measure_cells = measure_in_turn
     metapt.noting_signals = noting_signals_of_all
     metapt.pick_device = pick_own_device
     metapt.run_command = run_command_as_one

@@ -726,7 +726,7 @@ def test_help_shows_the_options_of_the_command_and_the_domain_with_their_default
     fields = metapt.dataclasses.fields(kind.Settings)
     knobs = metapt.knobs_of(kind.Settings)
     wanted = [field for field in fields if command == "meta" or not knobs[field.name].learning]
-    general = {"preset", "resume", "device", "data", "out", "json", "help"}
+    general = {"preset", "resume", "device", "data", "jobs", "out", "json", "help"}
     if command == "pretrain":
         general |= {"phi", "use"}
     assert set(shown) == {field.name.replace("_", "-") for field in wanted} | general
@@ -770,7 +770,7 @@ def test_help_of_the_other_commands(command, tmp_path):
     wanted = {f"measure-{name}" for name in measuring} | {"compare", "sizes"}
     if command == "finetune":
         wanted |= {"export", "force"}
-    assert set(shown) == wanted | {"device", "data", "out", "json", "help"}
+    assert set(shown) == wanted | {"device", "data", "jobs", "out", "json", "help"}
 
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
@@ -1151,8 +1151,8 @@ def test_the_scripts_own_requirements_are_those_of_the_project():
     names = {name.replace("scikit-learn", "sklearn") for name in names}
     imported = set(re.findall(r"^ *(?:import|from) (\w+)", text, re.MULTILINE))
     imported -= set(sys.stdlib_module_names)
-    # scipy comes with scikit-learn, filelock with torch.
-    assert imported - {"scipy", "filelock"} == names
+    # scipy and joblib come with scikit-learn, filelock with torch.
+    assert imported - {"scipy", "joblib", "filelock"} == names
 
 
 def test_the_summary_is_one_line_on_a_stream_of_any_encoding(runs):

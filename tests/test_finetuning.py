@@ -243,49 +243,64 @@ def test_fine_tuning_depends_on_the_seed_alone():
 # Comparisons
 
 
-def test_compare_measures_each_method_with_each_seed_and_size():
+def test_a_comparison_has_each_method_with_each_seed_and_size(monkeypatch):
     asked = []
-    advanced = []
 
-    def network_of(name):
-        def made(seed):
-            asked.append((name, seed))
-            return f"{name}{seed}"
+    def make_network(domain, method, seed):
+        asked.append((method.way, seed))
+        return f"{method.way} {seed}"
 
-        return made
-
-    def measure(domain, network, size, seed):
+    def finetune(domain, network, size, seed):
         return network, size, seed
 
-    methods = {name: network_of(name) for name in "ab"}
-    results = metapt.compare(
-        domain_of(Toy), methods, [5, 9], 2, lambda: advanced.append(1), measure
-    )
-    assert results == {
-        (name, size): [(f"{name}{seed}", size, seed) for seed in (0, 1)]
-        for name in "ab"
+    monkeypatch.setattr(metapt, "make_network", make_network)
+    monkeypatch.setattr(metapt, "finetune", finetune)
+    domain = domain_of(Toy)
+    ways = ("untrained", "pretrained")
+    methods = {f"by {way}": metapt.Method(way) for way in ways}
+    cells = metapt.cells_of(methods, [5, 9], 2, with_held=False)
+    advanced = []
+    measured = metapt.measure_cells(domain, cells, 1, lambda: advanced.append(1))
+    comparison = metapt.collect(cells, measured)
+    assert comparison.finetuned == {
+        (f"by {way}", size): [(f"{way} {seed}", size, seed) for seed in (0, 1)]
+        for way in ways
         for size in (5, 9)
     }
     # A network is made once for all sizes.
-    assert asked == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert asked == [(way, seed) for seed in (0, 1) for way in ways]
     assert len(advanced) == 4
 
 
-def test_a_method_that_draws_a_network_draws_it_by_the_seed():
+def test_an_untrained_network_is_drawn_by_the_seed():
     domain = domain_of(Toy)
-
-    def measure(domain, network, size, seed):
-        return flat(network)
-
-    def others(seed):
-        torch.rand(5)
-        return domain.network()
-
-    methods = {"others": others, "drawn": lambda seed: domain.network()}
-    results = metapt.compare(domain, methods, [5], 2, lambda: None, measure)
     for seed in (0, 1):
+        torch.rand(5)
+        found = metapt.make_network(domain, metapt.Method("untrained"), seed)
         torch.manual_seed(seed)
-        assert torch.equal(results["drawn", 5][seed], flat(domain.network()))
+        assert torch.equal(flat(found), flat(domain.network()))
+
+
+def test_a_network_that_is_given_is_the_same_for_all_seeds_with_its_buffers():
+    domain = domain_of(Toy)
+    network = metapt.Training(domain, learn=False).run().network
+    method = metapt.given_network(domain, network)
+    for seed in (0, 1):
+        found = metapt.make_network(domain, method, seed).state_dict()
+        assert found.keys() == network.state_dict().keys()
+        for name, values in network.state_dict().items():
+            assert torch.equal(found[name], values)
+
+
+@pytest.mark.parametrize("phi", [None, {"weight": torch.tensor([[2.0], [-2.0]])}])
+def test_pretraining_is_afresh_by_the_seed_and_with_the_phi_of_the_method(phi):
+    domain = domain_of(Toy)
+    for seed in (0, 1):
+        found = metapt.make_network(domain, metapt.Method("pretrained", phi=phi), seed)
+        expected = metapt.pretrain_afresh(domain, seed, phi)
+        assert torch.equal(flat(found), flat(expected))
+    default = metapt.pretrain_afresh(domain, 1, None)
+    assert torch.equal(flat(found), flat(default)) == (phi is None)
 
 
 @pytest.mark.parametrize(
@@ -386,19 +401,9 @@ def test_what_judges_is_kept_from_learning_phi_where_there_is_enough(monkeypatch
 EVEN = {"no_pretraining": [0.5] * 3, "default_phi": [0.7] * 3}
 
 
-def chosen_from(monkeypatch, **scores) -> metapt.Choice:
+def chosen_from(**scores) -> metapt.Choice:
     """The choice from each method's held-out scores, a list over seeds."""
-    seeds = len(scores["default_phi"])
-    advanced = []
-
-    def held_score(domain, network, size, seed):
-        assert size == 20
-        return scores[network][seed]
-
-    monkeypatch.setattr(metapt, "held_score", held_score)
-    methods = {method: lambda seed, method=method: method for method in scores}
-    choice = metapt.choose(domain_of(Toy, compare=seeds), methods, lambda: advanced.append(1))
-    assert len(advanced) == seeds * len(methods)
+    choice = metapt.choose(domain_of(Toy), scores)
     assert set(choice.held_scores) == set(scores)
     for method, values in scores.items():
         assert choice.held_scores[method] == metapt.mean_and_error(values)
@@ -414,11 +419,11 @@ def interval_of(gains) -> str:
 @pytest.mark.parametrize(
     ("best", "words"), [("learned_phi", "the learned φ"), ("online", "the θ of this run")]
 )
-def test_a_gain_above_its_standard_error_is_kept(monkeypatch, best, words):
+def test_a_gain_above_its_standard_error_is_kept(best, words):
     gains = [0.04, 0.05, 0.06]
     scores = {"learned_phi": [0.71] * 3, "online": [0.71] * 3}
     scores[best] = [0.7 + gain for gain in gains]
-    choice = chosen_from(monkeypatch, **EVEN, **scores)
+    choice = chosen_from(**EVEN, **scores)
     assert choice.chosen == best
     labels = "on FT labels that FT had not, though φ had"
     expected = f"{words} is worth +5.0 points ({interval_of(gains)}) {labels}: keep it"
@@ -426,13 +431,11 @@ def test_a_gain_above_its_standard_error_is_kept(monkeypatch, best, words):
     assert "includes 0" not in choice.sentence
 
 
-def test_a_gain_above_its_standard_error_whose_interval_includes_0_is_kept_with_a_word(
-    monkeypatch,
-):
+def test_a_gain_above_its_standard_error_whose_interval_includes_0_is_kept_with_a_word():
     gains = [0.0, 0.01, 0.02]
     assert np.mean(gains) > scipy.stats.sem(gains)
     learned = [0.7 + gain for gain in gains]
-    choice = chosen_from(monkeypatch, **EVEN, learned_phi=learned, online=[0.6] * 3)
+    choice = chosen_from(**EVEN, learned_phi=learned, online=[0.6] * 3)
     assert choice.chosen == "learned_phi"
     worth = f"+1.0 points ({interval_of(gains)}, which includes 0)"
     assert f"the learned φ is worth {worth} on FT labels" in choice.sentence
@@ -448,12 +451,10 @@ def test_a_gain_above_its_standard_error_whose_interval_includes_0_is_kept_with_
         ([0.0, 0.0, 0.0], "+0.0 points"),
     ],
 )
-def test_the_default_phi_stays_unless_the_gain_exceeds_its_standard_error(
-    monkeypatch, gains, worth
-):
+def test_the_default_phi_stays_unless_the_gain_exceeds_its_standard_error(gains, worth):
     assert np.mean(gains) <= scipy.stats.sem(gains)
     learned = [0.7 + gain for gain in gains]
-    choice = chosen_from(monkeypatch, **EVEN, learned_phi=learned, online=[0.5] * 3)
+    choice = chosen_from(**EVEN, learned_phi=learned, online=[0.5] * 3)
     assert choice.chosen == "default_phi"
     assert choice.sentence.startswith(f"the learned φ is worth {worth} (")
     assert choice.sentence.endswith(": not worth it here: keep the default φ")
@@ -462,9 +463,8 @@ def test_the_default_phi_stays_unless_the_gain_exceeds_its_standard_error(
 
 
 @pytest.mark.parametrize(("learned", "chosen"), [(0.75, "learned_phi"), (0.7, "default_phi")])
-def test_one_seed_has_no_interval(monkeypatch, learned, chosen):
+def test_one_seed_has_no_interval(learned, chosen):
     choice = chosen_from(
-        monkeypatch,
         no_pretraining=[0.5],
         default_phi=[0.7],
         learned_phi=[learned],
@@ -477,11 +477,8 @@ def test_one_seed_has_no_interval(monkeypatch, learned, chosen):
 @pytest.mark.parametrize(
     ("learned", "chosen", "points"), [(0.75, "learned_phi", 5.0), (0.65, "default_phi", 10.0)]
 )
-def test_it_is_said_where_no_pretraining_does_better_than_what_is_kept(
-    monkeypatch, learned, chosen, points
-):
+def test_it_is_said_where_no_pretraining_does_better_than_what_is_kept(learned, chosen, points):
     choice = chosen_from(
-        monkeypatch,
         no_pretraining=[0.8] * 3,
         default_phi=[0.7] * 3,
         learned_phi=[learned] * 3,
@@ -493,11 +490,8 @@ def test_it_is_said_where_no_pretraining_does_better_than_what_is_kept(
 
 
 @pytest.mark.parametrize(("no_pretraining", "learned"), [(0.5, 0.65), (0.8, 0.85), (0.7, 0.65)])
-def test_nothing_is_said_of_no_pretraining_where_what_is_kept_is_as_good(
-    monkeypatch, no_pretraining, learned
-):
+def test_nothing_is_said_of_no_pretraining_where_what_is_kept_is_as_good(no_pretraining, learned):
     choice = chosen_from(
-        monkeypatch,
         no_pretraining=[no_pretraining] * 3,
         default_phi=[0.7] * 3,
         learned_phi=[learned] * 3,
@@ -506,12 +500,12 @@ def test_nothing_is_said_of_no_pretraining_where_what_is_kept_is_as_good(
     assert "no pre-training" not in choice.sentence
 
 
-def test_what_is_no_number_is_not_chosen(monkeypatch):
+def test_what_is_no_number_is_not_chosen():
     nan = [math.nan] * 3
-    choice = chosen_from(monkeypatch, **EVEN, learned_phi=nan, online=[0.75] * 3)
+    choice = chosen_from(**EVEN, learned_phi=nan, online=[0.75] * 3)
     assert choice.chosen == "online"
     nowhere = {"no_pretraining": nan, "default_phi": nan}
-    choice = chosen_from(monkeypatch, **nowhere, learned_phi=nan, online=nan)
+    choice = chosen_from(**nowhere, learned_phi=nan, online=nan)
     assert choice.chosen == "default_phi"
     assert re.search("unknown number of points .*keep the default", choice.sentence)
 
@@ -519,5 +513,5 @@ def test_what_is_no_number_is_not_chosen(monkeypatch):
 def test_the_sentence_says_whether_learning_phi_had_the_labels(monkeypatch):
     scores = {**EVEN, "learned_phi": [0.75] * 3, "online": [0.6] * 3}
     monkeypatch.setattr(metapt, "ENOUGH_TO_HOLD_OUT", 20)
-    choice = chosen_from(monkeypatch, **scores)
+    choice = chosen_from(**scores)
     assert "on FT labels that neither φ nor FT had: keep it" in choice.sentence

@@ -138,13 +138,13 @@ def search(
         )
         networks.append(metapt.pretrain_afresh(made, made.settings.seed, phi))
         spent += time.perf_counter() - begun
-    methods = {i: lambda seed, network=network: network for i, network in enumerate(networks)}
-    results, rows = metapt.compare(made, methods, made.finetune_sizes, seeds, lambda: None), []
+    rows = []
     for n in made.finetune_sizes:
-        outcomes = zip(*(results[i, n] for i in methods), strict=True)
-        scores = [
-            min(of, key=lambda outcome: outcome.lowest_loss).scores["test"] for of in outcomes
-        ]
+        scores = []
+        for seed in range(seeds):
+            outcomes = [metapt.finetune(made, network, n, seed) for network in networks]
+            best = min(outcomes, key=lambda outcome: outcome.lowest_loss)
+            scores.append(best.scores["test"])
         rows.append({"ft_examples": n, "draws": len(networks), "scores": scores})
         mean, stderr = 100 * np.mean(scores), 100 * np.std(scores, ddof=1) / np.sqrt(seeds)
         console.print(f"{len(networks)} draws, {n} FT examples: {mean:.1f} ± {stderr:.1f} %")

@@ -13,16 +13,19 @@ same FT and validation labels and the same FT. What is stored is not made again,
 "What `meta` chooses" is chosen here by one seed of PT, in `meta` by --compare.
 """
 
+import concurrent.futures
 import copy
 import dataclasses
 import functools
 import json
 import math
+import multiprocessing
 import time
 import warnings
 from pathlib import Path
 from typing import Annotated
 
+import filelock
 import numpy as np
 import rich.console
 import torch
@@ -284,63 +287,92 @@ def run(
         list[str] | None, typer.Option("--set", help="name=value: such a setting")
     ] = None,
     again: Annotated[bool, typer.Option(help="Make what is stored anew")] = False,
+    jobs: Annotated[int, typer.Option(help="Seeds that are run at the same time", min=1)] = 1,
     data: Annotated[Path, typer.Option(help="Where prepared data lie")] = Path("data"),
     out: Annotated[Path, typer.Option(help="Where results are kept")] = STORED,
 ):
     """The methods of one experiment, by seed."""
-    experiment, path = EXPERIMENTS[name], out / f"{name}{'-' + variant if variant else ''}.json"
+    experiment = EXPERIMENTS[name]
+    path = out / f"{name}{'-' + variant if variant else ''}.json"
+    out.mkdir(parents=True, exist_ok=True)
     given = {k: number_or_text(v) for k, _, v in (pair.partition("=") for pair in set_ or [])}
+    wanted = tuple(methods.split(",")) if methods else experiment.methods
     first, _, last = (seeds or f"{experiment.first}-{experiment.first + 9}").partition("-")
-    for seed in range(int(first), int(last or first) + 1):
-        trial = None
-        for method in methods.split(",") if methods else experiment.methods:
-            if not again and any(
-                (row["seed"], row["method"]) == (seed, method) for row in stored(path)["rows"]
-            ):
-                continue
-            trial = trial or Trial(experiment, seed, given, data)
-            settings = dataclasses.asdict(trial.domain.settings)
-            settings |= {"seed": None, "warmup": trial.domain.settings.warmup_steps}
-            before = stored(path)["settings"]
-            # What was stored at 1562f71 has settings that there are no more.
-            changed = {
-                name
-                for name, value in before.items()
-                if name in settings and settings[name] != value
-            }
-            if changed:
-                raise SystemExit(
-                    f"{path} was made with another {', '.join(sorted(changed))}: name a --variant"
-                )
-            begun = time.perf_counter()
-            network = getattr(trial, method)()
-            about = {
-                "seed": seed,
-                "method": method,
-                "seconds": round(time.perf_counter() - begun, 1),
-            }
-            if method == "learned":
-                about["phi"] = trial.domain.measure(trial.timed[0].learned())
-            if method in ("search", "search3"):
-                about["draws"] = trial.draws
-            if method in ("default", "learned", "online"):  # what `meta` chooses by
-                about["held"] = metapt.held_score(
-                    trial.domain, network, trial.domain.finetune_sizes[-1], seed
-                )
-            new = [{**about, **row} for row in measured(trial, network)]
-            rows = [
-                row
-                for row in stored(path)["rows"]
-                if (row["seed"], row["method"]) != (seed, method)
-            ]
-            out.mkdir(parents=True, exist_ok=True)
-            save_json(path, {"torch": torch.__version__, "settings": settings, "rows": rows + new})
-            scores = ", ".join(
-                f"{row['scope']} {row['ft_examples']}: {100 * row['score']:.1f}" for row in new
+    all_seeds = range(int(first), int(last or first) + 1)
+    if jobs == 1:
+        for seed in all_seeds:
+            run_seed(name, seed, wanted, given, path, again, data)
+        return
+    # Seeds share nothing but the file of results.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        running = [
+            pool.submit(run_seed, name, seed, wanted, given, path, again, data)
+            for seed in all_seeds
+        ]
+        for seed in running:
+            seed.result()
+
+
+def run_seed(
+    name: str, seed: int, methods: tuple, given: dict, path: Path, again: bool, data: Path
+) -> None:
+    """One seed of an experiment, all methods of which are kept in a file as they come."""
+    trial = None
+    for method in methods:
+        rows = stored(path)["rows"]
+        if not again and any((row["seed"], row["method"]) == (seed, method) for row in rows):
+            continue
+        trial = trial or Trial(EXPERIMENTS[name], seed, given, data)
+        settings = dataclasses.asdict(trial.domain.settings)
+        settings |= {"seed": None, "warmup": trial.domain.settings.warmup_steps}
+        require_same_settings(path, settings)
+        begun = time.perf_counter()
+        network = getattr(trial, method)()
+        about = {
+            "seed": seed,
+            "method": method,
+            "seconds": round(time.perf_counter() - begun, 1),
+        }
+        if method == "learned":
+            about["phi"] = trial.domain.measure(trial.timed[0].learned())
+        if method in ("search", "search3"):
+            about["draws"] = trial.draws
+        if method in ("default", "learned", "online"):  # what `meta` chooses by
+            about["held"] = metapt.held_score(
+                trial.domain, network, trial.domain.finetune_sizes[-1], seed
             )
-            console.print(
-                f"{name} seed {seed} {method}, {about['seconds']} s: {scores}", highlight=False
-            )
+        new = [{**about, **row} for row in measured(trial, network)]
+        keep(path, settings, new)
+        scores = ", ".join(
+            f"{row['scope']} {row['ft_examples']}: {100 * row['score']:.1f}" for row in new
+        )
+        console.print(
+            f"{name} seed {seed} {method}, {about['seconds']} s: {scores}", highlight=False
+        )
+
+
+def require_same_settings(path: Path, settings: dict) -> None:
+    """Ends the program where what is stored was made with other settings."""
+    before = stored(path)["settings"]
+    # What was stored at 1562f71 has settings that there are no more.
+    changed = {
+        name for name, value in before.items() if name in settings and settings[name] != value
+    }
+    if changed:
+        raise SystemExit(
+            f"{path} was made with another {', '.join(sorted(changed))}: name a --variant"
+        )
+
+
+def keep(path: Path, settings: dict, new: list[dict]) -> None:
+    """Stores the rows of one method and seed in place of those that are there. Others may write to
+    the file at the same time.
+    """
+    key = new[0]["seed"], new[0]["method"]
+    with filelock.FileLock(path.with_suffix(".lock")):
+        rows = [row for row in stored(path)["rows"] if (row["seed"], row["method"]) != key]
+        save_json(path, {"torch": torch.__version__, "settings": settings, "rows": rows + new})
 
 
 def stored(path: Path) -> dict:  # read anew each time: others may write to it meanwhile

@@ -501,13 +501,19 @@ def chosen(kind: str) -> tuple:
     domain = domain_of(Toy, compare=3)
     torch.manual_seed(0)
     names = ("no_pretraining", "default_phi", "learned_phi", "online")
-    networks = {name: domain.network() for name in names}
-    methods = {name: lambda seed, name=name: networks[name] for name in names}
+    methods = {name: metapt.given_network(domain, domain.network()) for name in names}
+    cells = metapt.cells_of(methods, [5], 3, with_held=True)
     if kind == "ranks":
         ranks.put_in_place()
     with mock.patch.object(metapt, "finetune", side_effect=metapt.finetune) as counted:
-        choice = metapt.choose(domain, methods, lambda: None)
+        measured = metapt.measure_cells(domain, cells, None, lambda: None)
+    choice = metapt.choose(domain, metapt.collect(cells, measured).held_scores)
     return tuple(choice), counted.call_count
+
+
+def test_ranks_refuse_processes_besides_them():
+    with pytest.raises(metapt.BadInput, match="--jobs is for one process"):
+        ranks.measure_in_turn(domain_of(Toy), [], 2, lambda: None)
 
 
 @pytest.mark.parametrize("size", [2, 3])
