@@ -48,7 +48,7 @@ sys.path.append(str(ROOT / "tests"))
 import datasets
 import tools
 
-from data_scripts import files, hu_graphs, mnist, ptbxl, string_graphs
+from data_scripts import files, hu_graphs, mnist, ptbxl, string_graphs, ud
 
 PROGRAMS = {
     "metapt": metapt.main,
@@ -56,6 +56,7 @@ PROGRAMS = {
     "mnist": lambda: files.run(mnist.mnist),
     "ptbxl": lambda: files.run(ptbxl.ptbxl),
     "string_graphs": lambda: files.run(string_graphs.string_graphs),
+    "ud": lambda: files.run(ud.ud),
 }
 SMALL = (
     "--warmup=0 --batch-size=8 --meta-batch-size=8 --unroll-batch-size=8 "
@@ -68,6 +69,10 @@ START = (
 RESUME = "metapt meta --resume=run"
 ECG = f"metapt meta ecg --test-folds=1 --steps=1 --out=run --width=1 {SMALL}"
 PPI = f"metapt meta ppi --steps=2 --out=run --width=1 {SMALL}"
+SOURCES = (
+    "metapt meta sources --target=Alpha-One --target-sentences=20 --validation-sentences=10 "
+    f"--buckets=64 --width=6 --steps=2 --meta-every=1 --out=run {SMALL}"
+)
 MEASURE = "--compare=1 --measure-steps=2 --out=run2"
 MNIST = f"metapt meta mnist-noise --steps=2 --meta-every=1 --out=run {SMALL}"
 OF_RUNS = (
@@ -117,12 +122,15 @@ KINDS = {
     "images": Kind("data/mnist/prepared/*", (MNIST,)),
     "graphs": Kind("data/ppi/published/*", (PPI,)),
     "ECGs": Kind("data/ecg/prepared/*", (ECG,)),
+    "sentences": Kind("data/ud/prepared/*", (SOURCES,)),
     "images, --check": Kind("data/mnist/prepared/*.npy", ("mnist --check",), True),
     "graphs, --check": Kind("data/ppi/published/*.npy", ("hu_graphs --check",), True),
     "ECGs, --check": Kind("data/ecg/prepared/*.npy", ("ptbxl --check",), True),
+    "sentences, --check": Kind("data/ud/prepared/*.npy", ("ud --check",), True),
     "STRING and GO": Kind("string/*.txt", ("string_graphs --from string --data out",)),
     "PTB-XL": Kind("ptbxl/**/*.*", PTBXL),
     "PTB-XL, right sums": Kind("ptbxl/**/[ps0]*.*", PTBXL, False, with_ptbxl_sums),
+    "treebanks": Kind("treebanks/**/*.*", ("ud --from treebanks --data out",)),
     "published graphs": Kind(
         "source/published.pt", ("hu_graphs --from source/published.pt --data out",)
     ),
@@ -331,6 +339,7 @@ def prepare(home: Path) -> dict[str, str]:
     datasets.write_published(
         home / "source" / "published.pt", datasets.generated(graphs=30), new=True
     )
+    ud.prepare(datasets.write_treebanks(home / "treebanks"), home / "data" / "ud" / "prepared")
     datasets.write_mnist(home / "data" / "mnist" / "prepared", np.arange(60_000) % 10)
     metapt.CHECKPOINT_EVERY = 2
     # What imports much is imported here, so that no fork needs to.
@@ -339,6 +348,7 @@ def prepare(home: Path) -> dict[str, str]:
     save_figure(home / "figure.png", lambda figure: figure.subplots().plot([1, 2]))
     metapt.find_domain("ppi")
     metapt.find_domain("ecg")
+    metapt.find_domain("sources")
     assert ended(home, START) == (0, ""), START
     take_back(home / "run", to=metapt.CHECKPOINT_EVERY)
     clean = {}

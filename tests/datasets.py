@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,43 @@ def write_treebank(folder: Path, code: str, sentences, licence: str | None = "CC
     (folder / f"{code}-ud-train.conllu").write_text(conllu(sentences), encoding="utf-8")
     if licence:
         (folder / "README.md").write_text(f"# Summary\n\nLicense: {licence}\nGenre: news\n")
+    return folder
+
+
+# Treebanks by name: how many sentences, and how many words each has at least and at most.
+TREEBANKS = {
+    "Alpha-One": (60, 2, 7),
+    "Alpha-Two": (20, 2, 7),
+    "Beta-One": (40, 1, 3),
+    "Delta-Long": (3, 31, 31),
+    "Gamma-One": (25, 6, 9),
+    "Omega-One": (12, 3, 4),
+}
+ENDINGS = {"NOUN": "a", "VERB": "et", "ADJ": "ik", "PUNCT": "."}
+
+
+def made_up(name: str) -> list[list[tuple[str, str]]]:
+    """Sentences whose words end as their part of speech does, in letters of the language's own."""
+    count, shortest, longest = TREEBANKS[name]
+    random = np.random.default_rng(zlib.crc32(name.encode()))
+    letters = list(name.partition("-")[0] + "éß")
+    made = []
+    for _ in range(count):
+        sentence = []
+        for _ in range(random.integers(shortest, longest + 1)):
+            tag = str(random.choice(list(ENDINGS)))
+            stem = "".join(random.choice(letters, random.integers(1, 5)))
+            sentence.append((stem + ENDINGS[tag], tag))
+        made.append(sentence)
+    if name == "Beta-One":
+        made[7] = 31 * [("longa", "NOUN")]
+    return made
+
+
+def write_treebanks(folder: Path) -> Path:
+    """All of TREEBANKS, as a release has them."""
+    for number, name in enumerate(TREEBANKS):
+        write_treebank(folder / f"UD_{name}", f"x{number}", made_up(name))
     return folder
 
 

@@ -261,9 +261,10 @@ def integrate(velocity: Tensor, most: int | None = None) -> Tensor:
     for i in range(most):
         # u(x + u), between samples linear, beyond the borders as at the borders
         place = (grid + moved).clamp(0, last)
-        left = place.detach().floor().clamp(max=last - 1)
+        # Clamped as whole numbers: where the signal is not a number neither is the share, and so
+        # neither is the result, but a place there is.
+        left = place.detach().floor().long().clamp(0, last - 1)
         share = place - left
-        left = left.long()
         step = torch.lerp(moved.gather(1, left), moved.gather(1, left + 1), share)
         if doublings is not None:
             step = torch.where(i < doublings, moved, step)
@@ -773,7 +774,8 @@ def draw_warp(figure, records: Records, row: Tensor, moved: Tensor) -> None:
         warped = after[0, lead, middle]
         panel.plot(seconds, recorded, color="0.25", lw=0.9, label="as recorded")
         panel.plot(seconds, warped, color="C3", lw=0.9, label="after the warp")
-        panel.set_ylabel(name.replace("AV", "aV"), rotation=0, ha="right", va="center")
+        label = metapt.as_label(name.replace("AV", "aV"))
+        panel.set_ylabel(label, rotation=0, ha="right", va="center")
         panel.margins(x=0, y=0.05)
         panel.xaxis.set_major_locator(MultipleLocator(1))
         panel.xaxis.set_minor_locator(MultipleLocator(0.2))
@@ -796,14 +798,15 @@ def draw_magnitudes(figure, records: Records, rows: Tensor, each: np.ndarray) ->
 
     Boxes are quartiles, whiskers 5 % and 95 %.
     """
-    labels = records.labels[rows].cpu().numpy() > 0
-    members = dict(zip(records.classes, labels.T, strict=True))
-    members["none"] = ~labels.any(1)
+    has = records.labels[rows].cpu().numpy() > 0
+    members = dict(zip(records.classes, has.T, strict=True))
+    members["none"] = ~has.any(1)
     groups = {
         f"{name} ({chosen.sum()})": each[chosen] for name, chosen in members.items() if chosen.any()
     }
     axis = figure.subplots()
     dots = {"ms": 2, "mec": "0.6"}
     axis.boxplot(groups.values(), orientation="horizontal", whis=(5, 95), flierprops=dots)
-    axis.set_yticks(range(1, len(groups) + 1), list(groups))
+    labels = [metapt.as_label(name) for name in groups]
+    axis.set_yticks(range(1, len(groups) + 1), labels)
     axis.set(xlabel="displacement by the warp (ms, rms)", xlim=(0, None))

@@ -693,7 +693,7 @@ def draw_tasks(
         positives: [tasks], how many proteins of the PT part have the term.
         permuted: [tasks], tasks with permuted labels, which are red on both sides.
     """
-    terms = [term for term, _ in rows]
+    terms = [metapt.as_label(term) for term, _ in rows]
     weights = np.array([weight for _, weight in rows])
     if np.ptp(weights) < 1e-6:
         figure.set_size_inches(4.5, 0.6)

@@ -332,6 +332,22 @@ def test_the_warp_is_that_of_loops(scale):
             np.testing.assert_allclose(warped[i, lead].numpy(), expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e38])
+def test_a_signal_that_is_no_number_warps_to_none_and_leaves_the_others(bad):
+    """Without an error: whatever the loss becomes is for its caller to refuse."""
+    warp = ecg.WarpAugmentation(3, 0.5)
+    views = torch.randn(2, 3, 200)
+    torch.manual_seed(5)
+    expected = warp(views, torch.tensor([0.3, 1.0]))[0]
+    torch.manual_seed(5)
+    found = warp(views, torch.tensor([0.3, bad]))[0]
+    if math.isfinite(bad):
+        # It is so steep that the others get more squarings as well.
+        assert found.isfinite().all()
+    else:
+        assert torch.equal(found, expected)
+
+
 def steps_after(scale: float, magnitudes: torch.Tensor, kind=torch.float64) -> torch.Tensor:
     """How far neighbouring samples are apart after a warp, [n, 999]."""
     warp = ecg.WarpAugmentation(12, scale).to(kind)
@@ -829,6 +845,16 @@ def test_the_figure_of_magnitudes_shows_every_class(home):
     assert median == pytest.approx(domain.facts(domain.meta())["warp_rms_ms"], rel=0.3)
 
 
+def test_names_that_matplotlib_cannot_draw_are_drawn_otherwise(home):
+    domain = make(home, augment="both")
+    domain.records.leads = ["$x", "\ud800", *domain.records.leads[2:]]
+    domain.records.classes = ["\ud800", *domain.records.classes[1:]]
+    figures = drawn(domain)
+    assert {panel.get_ylabel() for panel in figures["warp.png"].axes} >= {r"\$x", "?"}
+    names = figures["magnitudes.png"].axes[0].get_yticklabels()
+    assert names[0].get_text() == "? (11)"
+
+
 def test_without_a_warp_there_is_no_figure_of_it(home):
     domain = make(home, augment="simclr")
     assert domain.figures(domain.meta()) == {}
@@ -1025,7 +1051,7 @@ def test_the_help_of_the_domain_fits_two_screens(monkeypatch, home):
         assert len([line for line in out.splitlines() if name in line.split()]) == 1, name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_a_short_run_on_cuda(home, tmp_path):
     given = ["--device=cuda", "--out", tmp_path / "run", *options(TINY)]
     assert summary_of(home, "meta", "ecg", *given)["device"] == "cuda"

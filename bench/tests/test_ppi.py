@@ -951,6 +951,15 @@ def test_the_figure_shows_the_extremes_by_name(home):
     assert points.lines[0].get_xdata().tolist() == positives.tolist()
 
 
+def test_terms_that_matplotlib_cannot_draw_are_drawn_otherwise():
+    rows = [("\ud800", 1.5), ("a$b", 0.5)]
+    figure = Figure()
+    ppi.draw_tasks(figure, rows, np.array([3, 4]), np.zeros(2, bool))
+    figure.canvas.draw()
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names == [r"a\$b", "?"]
+
+
 def test_where_all_weights_are_alike_the_figure_says_so_in_a_sentence(home):
     made = make(home)
     figure = Figure()

@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from datasets import write_treebank
+from datasets import ENDINGS, TREEBANKS, made_up, write_treebank, write_treebanks
 from matplotlib.figure import Figure
 from tools import flat, main_in, options, pipeline_of, refused, spy, summary_of
 
@@ -24,17 +24,7 @@ from bench.domains import sources
 from data_scripts import ud
 
 TARGET = "Alpha-One"
-# Treebanks by name: how many sentences, and how many words each has at least and at most.
-TREEBANKS = {
-    "Alpha-One": (60, 2, 7),
-    "Alpha-Two": (20, 2, 7),
-    "Beta-One": (40, 1, 3),
-    "Delta-Long": (3, 31, 31),
-    "Gamma-One": (25, 6, 9),
-    "Omega-One": (12, 3, 4),
-}
 SOURCES = ["Beta-One", "Gamma-One", "Omega-One"]
-ENDINGS = {"NOUN": "a", "VERB": "et", "ADJ": "ik", "PUNCT": "."}
 TINY = {
     "target": TARGET,
     "target_sentences": 20,
@@ -59,30 +49,11 @@ TINY = {
 UNEVEN = torch.tensor([0.6, 0.1, 0.3])
 
 
-def made_up(name: str) -> list[list[tuple[str, str]]]:
-    """Sentences whose words end as their part of speech does, in letters of the language's own."""
-    count, shortest, longest = TREEBANKS[name]
-    random = np.random.default_rng(zlib.crc32(name.encode()))
-    letters = list(name.partition("-")[0] + "éß")
-    made = []
-    for _ in range(count):
-        sentence = []
-        for _ in range(random.integers(shortest, longest + 1)):
-            tag = str(random.choice(list(ENDINGS)))
-            stem = "".join(random.choice(letters, random.integers(1, 5)))
-            sentence.append((stem + ENDINGS[tag], tag))
-        made.append(sentence)
-    if name == "Beta-One":
-        made[7] = 31 * [("longa", "NOUN")]
-    return made
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A folder in which `sources` can run."""
     folder = tmp_path_factory.mktemp("home")
-    for number, name in enumerate(TREEBANKS):
-        write_treebank(folder / "treebanks" / f"UD_{name}", f"x{number}", made_up(name))
+    write_treebanks(folder / "treebanks")
     (folder / "data" / "ud").mkdir(parents=True)
     ud.prepare(folder / "treebanks", folder / "data" / "ud" / "prepared")
     return folder
