@@ -1621,10 +1621,10 @@ class Settings:
     )
     terms: int = setting(1, "Neumann terms, CG iterations or Nyström rank", LEARNING, AT_LEAST_0)
     preconditioner: str = setting(
-        "",
-        "Of identity and cg: adam (the metric of PT's Adam); else none",
+        "auto",
+        "adam: the metric of PT's Adam, for identity and cg; auto: for identity; else none",
         LEARNING,
-        one_of("", "adam"),
+        one_of("auto", "adam", ""),
     )
     metric_eps: float = setting(
         1e-8, "ε of that metric, added to the root of Adam's second moment", LEARNING, POSITIVE
@@ -1675,7 +1675,7 @@ class Settings:
             self.require(self.hvp_step >= BF16_STEP, "hvp_step", words)
         if self.solver == "nystrom":
             self.require(self.damping > 0, "damping", "positive with --solver nystrom")
-        if self.preconditioner:
+        if self.preconditioner == "adam":
             fits = self.solver in ("identity", "cg")
             self.require(fits, "preconditioner", f"nothing with --solver {self.solver}")
         try:
@@ -1709,6 +1709,15 @@ class Settings:
         )
 
     @property
+    def has_adam_metric(self) -> bool:
+        """Whether the metric of PT's Adam stands in for PT's Hessian, or helps to invert it.
+
+        With q = v alone, what PT has to move far counts as little as what it moves at once.
+        """
+        by_itself = self.preconditioner == "auto" and self.solver == "identity"
+        return by_itself or self.preconditioner == "adam"
+
+    @property
     def inverse(self) -> Solver:
         """How q ≈ (∇²_θθ L_PT)⁻¹ v is found."""
         step = self.hvp_step
@@ -1735,6 +1744,7 @@ PUBLISHED = {field.name: field.default for field in dataclasses.fields(Settings)
     "unroll_steps": 1,
     "solver": "neumann",
     "terms": 1,
+    "preconditioner": "",
     "lr": 1e-3,
     "alpha": 1e-3,
 }
@@ -2678,7 +2688,7 @@ class Training:
                 unroll=settings.unroll,
                 solver=settings.inverse,
                 ft_state=self.ft_states[scope],
-                preconditioner=self.adam_metric if settings.preconditioner == "adam" else None,
+                preconditioner=self.adam_metric if settings.has_adam_metric else None,
                 reduce=self.reduce,
             )
             check_solution(result, settings.solver)

@@ -87,6 +87,25 @@ def test_a_preconditioner_is_refused_with_solvers_that_have_none(solver):
         metapt.Settings(solver=solver, damping=1.0, preconditioner="adam")
 
 
+@pytest.mark.parametrize(
+    ("solver", "preconditioner", "expected"),
+    [
+        ("identity", "auto", True),
+        ("cg", "auto", False),
+        ("neumann", "auto", False),
+        ("identity", "", False),
+        ("identity", "adam", True),
+        ("cg", "adam", True),
+    ],
+)
+def test_by_itself_the_metric_of_adam_stands_in_for_the_hessian_alone(
+    solver, preconditioner, expected
+):
+    settings = metapt.Settings(solver=solver, preconditioner=preconditioner)
+    assert settings.has_adam_metric is expected
+    assert metapt.Settings().preconditioner == "auto"
+
+
 def test_settings_become_the_unroll_and_the_solver_field_by_field():
     settings = metapt.Settings(
         unroll_steps=3,

@@ -466,6 +466,15 @@ def test_the_adam_preconditioner_is_the_root_of_the_moments_of_pretraining(monke
     assert finite.max() > 10 * finite.min()
 
 
+def test_where_nothing_is_said_q_is_v_in_the_adam_metric():
+    phi = {
+        preconditioner: flat(training(solver="identity", preconditioner=preconditioner).run().meta)
+        for preconditioner in ("auto", "adam", "")
+    }
+    assert torch.equal(phi["auto"], phi["adam"])
+    assert not torch.allclose(phi["auto"], phi[""])
+
+
 def test_the_adam_metric_is_zero_where_no_gradient_of_pretraining_ever_arrived():
     """Half of an embedding that PT has not met would drown all else: r / ε there."""
     run = training(preconditioner="adam", solver="identity")
@@ -868,7 +877,8 @@ STORED_OF_PRETRAINING_ALONE = 0.367282
 @pytest.mark.parametrize("solver", STORED)
 def test_the_numbers_of_a_run_are_those_stored_here(double_precision, solver):
     """Only another algorithm, or another order of random draws, changes them."""
-    run = training(solver=solver, unroll_steps=2, average=0.5, meta_lr_decay=0.1).run()
+    given = {"unroll_steps": 2, "average": 0.5, "meta_lr_decay": 0.1}
+    run = training(solver=solver, preconditioner="", **given).run()
     found = [*flat(run.learned()).tolist(), checksum(run.network), checksum(run.psi)]
     assert found == pytest.approx(STORED[solver], abs=1e-6, rel=0)
 

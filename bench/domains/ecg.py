@@ -219,9 +219,12 @@ def resample(signals: Tensor, moved: Tensor) -> Tensor:
     last = moved.shape[1] - 1
     place = torch.arange(moved.shape[1], dtype=moved.dtype, device=moved.device) + moved
     across = place * (2 / last) - 1  # `grid_sample` counts from -1 to 1.
-    grid = torch.stack([across, torch.zeros_like(place)], -1)[:, None]
+    # At a place that is no number `grid_sample` may read beyond its memory. It gets another one,
+    # and the sample becomes no number by itself.
+    grid = torch.stack([across.nan_to_num(), torch.zeros_like(place)], -1)[:, None]
     images = signals[:, :, None]
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=True).squeeze(2)
+    sampled = F.grid_sample(images, grid, padding_mode="border", align_corners=True).squeeze(2)
+    return sampled + 0 * moved[:, None]
 
 
 SQUARINGS = 5  # at least
@@ -448,6 +451,9 @@ class ECGSettings(metapt.Settings):
     # Differences step over the kinks of thousands of ReLUs here: a long step averages over them.
     hvp: str = "finite"
     hvp_step: float | None = 0.3
+    # The step's direction is q: in Adam's metric it would go along the parameters with the smallest
+    # gradients, such as biases before BatchNorm.
+    preconditioner: str = ""
     unroll_hvp: str = "exact"
     compare: int = 2
     width: int = metapt.setting(
