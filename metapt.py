@@ -3464,9 +3464,11 @@ class Run:
             for row in rows:
                 if not isinstance(row["step"], int):
                     raise TypeError("a row's step is no integer")
-                row = {name: value for name, value in row.items() if value is not None}
-                if not all(isinstance(value, int | float) for value in row.values()):
-                    raise TypeError(f"the row of step {row['step']} has what is no number")
+                for value in row.values():
+                    if value is not None and not isinstance(value, int | float):
+                        raise TypeError(f"the row of step {row['step']} has what is no number")
+                    # JSON's integers may be longer than any number that can be drawn.
+                    float(value or 0)
             return rows
 
     def save_checkpoint(self, training: Training) -> None:

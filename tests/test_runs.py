@@ -347,6 +347,7 @@ ROWS = [
     b'{"step": "3"}',
     b'{"step": 3.5}',
     b'{"step": 3, "loss": "x"}',
+    b'{"step": 3, "loss": ' + b"9" * 400 + b"}",
     b"\xff",
 ]
 
