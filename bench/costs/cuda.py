@@ -3,7 +3,7 @@
     python -m bench.costs.cuda
         every part, each in a process of its own: bench/results/cuda/cuda-PART.json
     python -m bench.costs.cuda --part ecg
-        one of them: tests, agree, ecg, ppi, profile, scaling
+        one of them: tests, agree, ecg, ppi, profile, scaling, ranks, compile
     python -m bench.costs.cuda --report
         what was found, as a table
 
@@ -39,12 +39,14 @@ from bench.stored import RESULTS, ROOT, save_json
 
 # 24 minutes together
 SECONDS = {
-    "tests": 300,
+    "tests": 240,
     "agree": 180,
-    "ecg": 420,
-    "ppi": 240,
-    "profile": 150,
-    "scaling": 150,
+    "ecg": 360,
+    "ppi": 180,
+    "profile": 120,
+    "scaling": 120,
+    "ranks": 60,
+    "compile": 180,
 }
 WAYS = {"float32": {}, "bf16": {"precision": "bf16"}}
 PUBLISHED_ECG = {
@@ -138,7 +140,7 @@ def training_of(domain: metapt.Domain) -> metapt.Training:
 
 def tests(bench: Bench) -> None:
     def work():
-        where = ["tests/test_ecg.py"] if bench.small else ["tests"]
+        where = ["bench/tests/test_ecg.py"] if bench.small else ["tests", "bench/tests"]
         command = [
             sys.executable,
             "-m",
@@ -386,6 +388,60 @@ def scale(bench: Bench) -> None:
             )
 
 
+def ranks(bench: Bench) -> None:
+    """Numbers and seconds of `meta` by as many ranks as there are GPUs, beside one process.
+
+    Nothing is drawn within the losses, so that the numbers should be the same up to rounding. One
+    GPU has one rank, which sums over itself: NCCL is then known to be there, and no more.
+    """
+    steps = 20 if bench.small else 400
+    count = torch.cuda.device_count() if bench.cuda else 2
+    settings = {"steps": steps, "warmup": 0, "compare": 0, "dropout": 0.0, "phi_dropout": 0.0}
+    words = ["meta", "digits-noise", "--device", bench.device.type]
+    words += [f"{metapt.flag(name)}={value}" for name, value in settings.items()]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    programs = {"one process": ["metapt.py"], f"{count} ranks": [*torchrun, "-m", "bench.ranks"]}
+    first_phi = None
+
+    def work(program):
+        nonlocal first_phi
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "run"
+            command = [sys.executable, *program, *words, "--out", str(out)]
+            done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(done.stderr.strip().splitlines()[-1])
+            summary = json.loads((out / "summary.json").read_text())
+            learned = torch.load(out / "phi.pt", map_location="cpu", weights_only=True)
+        phi = torch.cat([t.flatten().double() for t in learned.values()])
+        if first_phi is None:
+            first_phi = phi
+        return {
+            "seconds": summary["training_seconds"],
+            "phi_norm": phi.norm().item(),
+            "relative_difference": ((phi - first_phi).norm() / first_phi.norm()).item(),
+        }
+
+    for what, program in programs.items():
+        bench.note(f"digits-noise, {what}", lambda program=program: work(program))
+
+
+def compiled(bench: Bench) -> None:
+    """PT and meta steps with torch.compile and without: `bench.studies.compile`."""
+    from bench.studies import compile as study
+
+    sizes = {"digits-rotation": {}, "ppi": {}, "ecg": PUBLISHED_ECG}
+    repeats = 1 if bench.small else 20
+    # On a CPU compiling alone takes minutes.
+    names = ["digits-rotation"] if bench.small else sizes
+    for name in names:
+        given = {**sizes[name], **study.SETTINGS}
+        bench.note(
+            name,
+            lambda name=name, given=given: study.measured(bench.domain(name, **given), repeats),
+        )
+
+
 PARTS = {
     "tests": tests,
     "agree": agree,
@@ -393,6 +449,8 @@ PARTS = {
     "ppi": ppi,
     "profile": profile,
     "scaling": scale,
+    "ranks": ranks,
+    "compile": compiled,
 }
 
 

@@ -152,6 +152,19 @@ def seconds_of_steps(
     return {key: statistics.median(seconds) for key, seconds in taken.items()}, first
 
 
+def measured(domain: metapt.Domain, repeats: int) -> dict[str, float]:
+    """Seconds plain and compiled, what compiling gains, and how far it changes numbers."""
+    taken, first = seconds_of_steps(domain, repeats)
+    row = {"first_steps_compiled_seconds": first}
+    for step in ("pt_step", "meta_step"):
+        plain = taken[step, False]
+        compiled = taken[step, True]
+        row[f"{step}_seconds"] = plain
+        row[f"{step}_compiled_seconds"] = compiled
+        row[f"{step}_gain"] = plain / compiled
+    return row | differences(metapt.Training(domain, learn=True))
+
+
 def main(
     domain: Annotated[str, typer.Option(help="Its name")] = "digits-rotation",
     repeats: Annotated[int, typer.Option(help="Steps of each kind that are timed, in turn")] = 20,
@@ -163,8 +176,7 @@ def main(
 
     made = make(domain, data, device, **SETTINGS)
     try:
-        taken, first = seconds_of_steps(made, repeats)
-        apart = differences(metapt.Training(made, learn=True))
+        found = measured(made, repeats)
     except BackendCompilerFailed as error:
         reason = str(error.inner_exception).partition("\n")[0]
         console.print(f"torch.compile: {reason}")
@@ -176,15 +188,8 @@ def main(
         "device": device,
         "repeats": repeats,
         "settings": dataclasses.asdict(made.settings),
-        "first_steps_compiled_seconds": first,
+        **found,
     }
-    for step in ("pt_step", "meta_step"):
-        plain = taken[step, False]
-        compiled = taken[step, True]
-        row[f"{step}_seconds"] = plain
-        row[f"{step}_compiled_seconds"] = compiled
-        row[f"{step}_gain"] = plain / compiled
-    row |= apart
     save_json(STORED / f"compile-{domain}-{device}.json", row)
     console.print(row)
 

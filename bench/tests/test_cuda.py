@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretend import run_in_own_process
 
 from bench.costs import cuda
+
+CASES = Path(__file__).resolve().parent / "device_cases.py"
+# `agree` compares the CPU with itself here; compiling takes long.
+FAST = [part for part in cuda.PARTS if part not in ("agree", "compile")]
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
@@ -22,20 +27,40 @@ def test_without_a_gpu_it_says_so(tmp_path):
 def test_every_part_runs_to_its_end_and_the_table_has_them_all(tmp_path, capsys):
     assert sum(cuda.SECONDS.values()) <= 24 * 60 and max(cuda.SECONDS.values()) <= 8 * 60
     assert list(cuda.SECONDS) == list(cuda.PARTS)
-    for part in cuda.PARTS:
-        cuda.main(part=part, device="cpu", small=True, report=False, out=tmp_path, data=tmp_path)
-        found = json.loads((tmp_path / f"cuda-{part}.json").read_text())
-        errors = [
-            row
-            for row in found["rows"]
-            if "ModuleNotFoundError" not in row.get("error", "ModuleNotFoundError")
-        ]
-        assert found["rows"] and not errors  # the published procedures need bench/requirements.txt
+    rows = {}
+    for part in FAST:
+        rows[part] = rows_of(part, tmp_path)
+        assert rows[part]
+    (of_tests,) = rows["tests"]
+    assert of_tests["status"] == 0
+    one, two = rows["ranks"]
+    assert two["what"].endswith("2 ranks")
+    assert 0 < two["relative_difference"] < 1e-4
+    assert one["phi_norm"] > 0
     assert len(list(Path(tmp_path).glob("*.json"))) <= 8
     capsys.readouterr()
     cuda.main(part="", device="cpu", small=True, report=True, out=tmp_path, data=tmp_path)
     out = capsys.readouterr().out
-    assert all(f"{part} (cpu, torch" in out for part in cuda.PARTS)
+    assert all(f"{part} (cpu, torch" in out for part in FAST)
+
+
+def rows_of(part: str, folder: Path) -> list[dict]:
+    """What a part finds, which must not fail but for packages of bench/requirements.txt."""
+    cuda.main(part=part, device="cpu", small=True, report=False, out=folder, data=folder)
+    rows = json.loads((folder / f"cuda-{part}.json").read_text())["rows"]
+    failures = [row["error"] for row in rows if "error" in row]
+    assert all("ModuleNotFoundError" in failure for failure in failures), failures
+    return rows
+
+
+@pytest.mark.slow
+def test_what_compiling_gains(tmp_path):
+    (row,) = rows_of("compile", tmp_path)
+    assert row["gradient_difference"] < 1e-5
+
+
+def test_every_domain_agrees_with_the_cpu_on_a_device():
+    run_in_own_process(CASES)
 
 
 def test_a_row_that_fails_is_kept_and_the_next_goes_on(tmp_path):
