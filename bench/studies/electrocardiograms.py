@@ -8,7 +8,7 @@ hypergradients are.
     python -m bench.studies.electrocardiograms report
         table and figure of all groups that there are
     python -m bench.studies.electrocardiograms draws
-        how far hypergradients at one θ agree from draw to draw
+        how far hypergradients at one θ agree from draw to draw, and what one costs
     python -m bench.studies.electrocardiograms speed
         a PT step, a meta step and their bytes beside the published procedure's
 
@@ -33,7 +33,7 @@ from scipy.stats import rankdata
 
 import metapt
 from bench.accuracy.precision import phi_held
-from bench.costs import counting
+from bench.costs import baseline, counting
 from bench.costs.plain_resnet import PlainResNet18, PlainWarp
 from bench.domains import ecg
 from bench.stored import RESULTS, save_figure, save_json
@@ -415,12 +415,13 @@ class Published:
 def draws(
     number: Annotated[int, typer.Option(help="Draws of batches and augmentation")] = 20,
     steps: Annotated[int, typer.Option(help="PT steps before")] = 80,
+    augment: Annotated[str, typer.Option(help="What φ is: warp (the preset), or both")] = "both",
     data: DATA = Path("data"),
 ):
-    """How far hypergradients at one θ agree from draw to draw: exact products, and differences by
-    the length of their step.
+    """How far hypergradients at one θ agree from draw to draw, and what one costs: exact products,
+    and differences by the length of their step.
     """
-    made = make(data, 0, 0, steps=steps, augment="both")
+    made = make(data, 0, 0, steps=steps, augment=augment)
     training = phi_held(made).run()
     theta, phi = metapt.detached(training.network), metapt.detached(training.meta)
     ways = {"exact": metapt.Solver("identity")}
@@ -428,56 +429,75 @@ def draws(
         f"step {s:g}": metapt.Solver("identity", hvp="finite", step=s)
         for s in (0.005, 0.1, 0.3, 1.0)
     }
-    found, of_s = ({name: [] for name in ways} for _ in range(2))
+
+    def hypergradient(solver, at, draw):
+        torch.manual_seed(draw)  # the same views for all
+        return metapt.hypergradient(
+            made.pretrain_loss(training.network, training.meta, at["meta"], 1.0, live=False),
+            *(
+                made.finetune_loss(training.network, training.head, part, at[part])
+                for part in ("finetune", "validation")
+            ),
+            theta,
+            training.psi,
+            phi,
+            unroll=made.settings.unroll,
+            solver=solver,
+            ft_state=training.ft_states[made.settings.unroll_scope],
+        ).phi
+
+    found, of_s, seconds = ({name: [] for name in ways} for _ in range(3))
     for draw in range(number):
         at = {name: training.batches[name].next() for name in ("meta", "finetune", "validation")}
         for name, solver in ways.items():
-            torch.manual_seed(draw)  # the same views for all
-            result = metapt.hypergradient(
-                made.pretrain_loss(training.network, training.meta, at["meta"], 1.0, live=False),
-                *(
-                    made.finetune_loss(training.network, training.head, part, at[part])
-                    for part in ("finetune", "validation")
-                ),
-                theta,
-                training.psi,
-                phi,
-                unroll=made.settings.unroll,
-                solver=solver,
-                ft_state=training.ft_states[made.settings.unroll_scope],
-            )
-            found[name].append(torch.cat([g.flatten() for g in result.phi.values()]))
-            of_s[name].append(result.phi["warp.scale"].item())
-    exact, half, rows = torch.stack(found["exact"]).mean(0), number // 2, []
+            begun = time.process_time()
+            of_phi = hypergradient(solver, at, draw)
+            seconds[name].append(time.process_time() - begun)
+            found[name].append(torch.cat([g.flatten() for g in of_phi.values()]))
+            of_s[name].append(of_phi["warp.scale"].item())
+    of_exact, half, rows = torch.stack(found["exact"]), number // 2, []
+    counted = {
+        name: baseline.counted(lambda solver=solver: hypergradient(solver, at, 0))
+        for name, solver in ways.items()
+    }
     for name, each in found.items():
         each = torch.stack(each)
         first, second, mean = each[:half].mean(0), each[half:].mean(0), each.mean(0)
+        in_exact = np.array(seconds[name]) / np.array(seconds["exact"])
         rows.append(
             {
                 "products": name,
                 "halves": F.cosine_similarity(first, second, dim=0).item(),
-                "to_exact": F.cosine_similarity(mean, exact, dim=0).item(),
+                "to_exact": F.cosine_similarity(mean, of_exact.mean(0), dim=0).item(),
+                "to_exact_by_draw": F.cosine_similarity(each, of_exact, dim=1).tolist(),
                 "s_mean": np.mean(of_s[name]),
                 "s_deviation": np.std(of_s[name], ddof=1),
+                "time_in_exact": np.percentile(in_exact, [50, 25, 75]).tolist(),
+                **counted[name],
             }
         )
-    save_json(STORED / "ecg-draws.json", {"draws": number, "steps": steps, "rows": rows})
+    path = STORED / f"ecg-draws{'' if augment == 'both' else '-' + augment}.json"
+    save_json(path, {"draws": number, "steps": steps, "augment": augment, "rows": rows})
     cells = [
         [
             row["products"],
             f"{row['halves']:.2f}",
             f"{row['to_exact']:.2f}",
+            f"{np.median(row['to_exact_by_draw']):.2f}",
             f"{row['s_mean']:.3f}, {row['s_deviation']:.3f}",
+            *(f"{row[kind] / rows[0][kind]:.2f}" for kind in ("flops", "bytes")),
+            "{:.2f} ({:.2f} … {:.2f})".format(*row["time_in_exact"]),
         ]
         for row in rows
     ]
     title = (
         f"Cosine of mean hypergradients over {number} draws: "
-        "one half to the other, all to exact's; dL_V/ds"
+        "one half to the other, all to exact's; the median draw's to exact's; "
+        "dL_V/ds; FLOPs, bytes and time in those of exact"
     )
-    metapt.show_table(
-        console, title, ["", "halves", "to exact", "dL_V/ds: mean, s.d. of a draw"], cells
-    )
+    head = ["", "halves", "to exact", "a draw", "dL_V/ds: mean, s.d. of a draw"]
+    head += ["FLOPs", "bytes", "time (quartiles)"]
+    metapt.show_table(console, title, head, cells)
 
 
 @app.command()
