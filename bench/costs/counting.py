@@ -6,24 +6,44 @@ import contextlib
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 # Of a symmetric eigendecomposition with its vectors (Golub and Van Loan, "Matrix Computations",
 # section 8.3).
 EIGENVECTORS = {torch.ops.aten._linalg_eigh: lambda shape, *_, **__: 9 * shape[-1] ** 3}
 
 
+def _attention(query, key, value, *_, **__) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient, query, key, value, *_, **__) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# torch's counter knows the fused kernels of CUDA alone. A causal mask saves nothing in either.
+ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
 def flops(work) -> int:
     """Floating-point operations of `work()`: two a multiplication and addition, elementwise work
     not counted.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=EIGENVECTORS)
+    counter = FlopCounterMode(display=False, custom_mapping=EIGENVECTORS | ATTENTION_ON_CPU)
     # The tracker of modules hooks tensors, which fails on a module fed a parameter
     counter.mod_tracker = _Everything()
     with counter:
@@ -36,10 +56,12 @@ class _Everything(contextlib.nullcontext):
 
 
 class _Operations(TorchDispatchMode):
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        self.count += 1
+        self.found[function._schema.name] += 1
         return function(*arguments, **(options or {}))
 
 
@@ -47,9 +69,14 @@ def operations(work) -> int:
     """Calls of ATen operations by `work()`, elementwise ones and copies included: what FLOPs do not
     see.
     """
+    return operations_by_name(work).total()
+
+
+def operations_by_name(work) -> Counter:
+    """The same by the operation's name, such as "aten::detach"."""
     with _Operations() as counter:
         work()
-    return counter.count
+    return counter.found
 
 
 # What brings a number or a shape from the device to the host, by ATen operation: bool(t), int(t)
@@ -146,19 +173,24 @@ def waits(work) -> Counter:
     return found
 
 
-def in_turn(works: dict, repeats: int, device: torch.device) -> dict[object, list[float]]:
+def in_turn(
+    works: dict,
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[object, list[float]]:
     """Seconds that each of `works` takes, in turn, by its key; the first time, which builds what
-    later ones reuse, is left out.
+    later ones reuse, is left out. On a busy CPU `time.process_time` is the better clock.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     taken = {key: [] for key in works}
     for _ in range(repeats + 1):
         for key, work in works.items():
             wait()
-            begun = time.perf_counter()
+            begun = clock()
             work()
             wait()
-            taken[key].append(time.perf_counter() - begun)
+            taken[key].append(clock() - begun)
     return {key: seconds[1:] for key, seconds in taken.items()}
 
 

@@ -17,6 +17,7 @@ import io
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Annotated
 
@@ -322,9 +323,9 @@ ENTRIES = {
 }
 
 
-def compare(size: str, repeats: int = 7) -> list[dict]:
+def compare(size: str, repeats: int = 7, make: Callable[[str], Task] = Task) -> list[dict]:
     """Agreement, bytes and paired times of every entry, one problem and batch."""
-    task = Task(size)
+    task = make(size)
     kept = {name: t.detach().clone() for name, t in task.theta().items()}
     truth = {
         estimate: ours(task, estimate)
@@ -340,6 +341,7 @@ def compare(size: str, repeats: int = 7) -> list[dict]:
                 # torch.func does not work under the hooks that count
                 with contextlib.suppress(RuntimeError):
                     row["bytes"] = counting.peak(lambda function=function: function(task))
+                row["flops"] = counting.flops(lambda function=function: function(task))
             row["relative_error"] = ((found - truth[method]).norm() / truth[method].norm()).item()
             working[name] = function
         except Exception as error:
@@ -364,13 +366,13 @@ def compare(size: str, repeats: int = 7) -> list[dict]:
             method = ENTRIES[row["name"]][1]  # betty's darts too keeps the graphs of FT's steps
             by_differences = method in ("identity", "sama", "Adam metric")
             base = f"metapt {method}" + ", finite, FT's steps exact" * by_differences
+            of_base = next(r for r in rows if r["name"] == base)
             ratios = np.array(seconds[row["name"]]) / np.array(seconds[base])
             row |= {
                 "time_ratio": float(np.median(ratios)),
                 "time_range": [float(ratios.min()), float(ratios.max())],
-                "bytes_ratio": row["bytes"] / next(r["bytes"] for r in rows if r["name"] == base)
-                if "bytes" in row
-                else None,
+                "bytes_ratio": row["bytes"] / of_base["bytes"] if "bytes" in row else None,
+                "flops_ratio": row["flops"] / of_base["flops"],
             }
     return rows
 
@@ -387,28 +389,30 @@ def run(context: typer.Context, repeats: Annotated[int, typer.Option(help="Of th
     ]
     save_json(RESULTS / "libraries" / "libraries.json", {"torch": torch.__version__, "rows": found})
     for size in ("small", "ResNet-18"):
-        cells = []
-        for row in found:
-            if row["size"] != size:
-                continue
-            if row["error"]:
-                cells.append([row["name"], row["error"], "", "", "", ""])
-                continue
-            low, high = row["time_range"]
-            cells.append(
-                [
-                    row["name"],
-                    f"{row['relative_error']:.0e}",
-                    f"{row['time_ratio']:.2f}",
-                    f"{low:.2f} … {high:.2f}",
-                    f"{row['bytes_ratio']:.2f}" if row["bytes_ratio"] else "not counted",
-                    "moved" if row["moves_theta"] else "",
-                ]
-            )
-        columns = ["", "off metapt's exact by", "time", "range", "bytes", "θ afterwards"]
-        metapt.show_table(
-            console, f"{size}: against metapt's exact of the same method", columns, cells
+        show(size, [row for row in found if row["size"] == size])
+
+
+def show(size: str, rows: list[dict]) -> None:
+    """The table of one problem."""
+    cells = []
+    for row in rows:
+        if row["error"]:
+            cells.append([row["name"], row["error"], "", "", "", "", ""])
+            continue
+        low, high = row["time_range"]
+        cells.append(
+            [
+                row["name"],
+                f"{row['relative_error']:.0e}",
+                f"{row['time_ratio']:.2f}",
+                f"{low:.2f} … {high:.2f}",
+                f"{row['bytes_ratio']:.2f}" if row["bytes_ratio"] else "not counted",
+                f"{row['flops_ratio']:.2f}",
+                "moved" if row["moves_theta"] else "",
+            ]
         )
+    columns = ["", "off metapt's exact by", "time", "range", "bytes", "FLOPs", "θ afterwards"]
+    metapt.show_table(console, f"{size}: against metapt's exact of the same method", columns, cells)
 
 
 def two_stage(dimensions: int):
