@@ -1,9 +1,12 @@
 """How right each hypergradient is, and what it costs.
 
     python -m bench.accuracy.gradients
-        the frozen problems, the early-stopped ones, digits, mini-batches, an online run
+        the frozen problems, the early-stopped ones, penalty methods on both, digits,
+        mini-batches, an online run
     python -m bench.accuracy.gradients kronecker
         Kronecker-factored curvature and digits alone; the rest stays as it is stored
+    python -m bench.accuracy.gradients penalty
+        first-order penalty methods alone, beside what they are compared to
     python -m bench.accuracy.gradients report
         tables and a figure of what is stored
 
@@ -132,6 +135,56 @@ def by_adam(p: Problem, damping: float = 0.0) -> dict[str, Callable[[], Tensor]]
             p, Solver("cg", t, damping=damping), preconditioner=metric
         )
     return found
+
+
+PENALTY_STEPS = (10, 50, 200)
+STRENGTHS = (1, 10, 100)  # λ
+BESIDE_PENALTY = (
+    "identity",
+    "identity, Adam metric",
+    "cg 5",
+    "cg 10",
+    "cg 20",
+    "cg 50",
+    "cg 20, finite",
+    "cg 20, Adam metric",
+    "neumann 100",
+)
+
+
+def by_penalty(p: Problem, one_step: bool = False) -> dict[str, Callable[[], Tensor]]:
+    """First-order penalty methods by steps and λ; "held": ψ stays as FT leaves it at θ.
+
+    `one_step`: under the same names, with one step each: it keeps the bytes that many keep.
+    """
+
+    def ask(steps: int, strength: float, **options):
+        return lambda: peers.penalty(p, 1 if one_step else steps, strength, **options)
+
+    found = {}
+    for steps in PENALTY_STEPS:
+        for strength in STRENGTHS:
+            found[f"penalty {steps}, λ = {strength}"] = ask(steps, strength)
+        found[f"penalty {steps}, λ = 100, held"] = ask(steps, 100, through=False)
+    if p.pt_steps is not None:
+        for strength in STRENGTHS:
+            name = f"penalty from PT's start, λ = {strength}"
+            found[name] = ask(p.pt_steps, strength, from_start=True)
+    return found
+
+
+def on_penalty(p: Problem) -> list[dict]:
+    """Rows of penalty methods and of what they are compared to, with the bytes of each."""
+    theta = problems.leaves(p.theta)
+    of_pt_step = counting.peak(lambda: p.pretrain_loss(theta, p.phi).backward())
+    known = estimators(p)
+    beside = {name: known[name] for name in BESIDE_PENALTY}
+    short = beside | by_penalty(p, one_step=True)
+    rows = []
+    for name, estimator in (beside | by_penalty(p)).items():
+        row = measure(p, name, estimator)
+        rows.append({**row, "bytes": counting.peak(short[name]) / of_pt_step})
+    return rows
 
 
 def on_digits(p: Problem) -> dict[str, Callable[[], Tensor]]:
@@ -412,6 +465,7 @@ def run(context: typer.Context):
         "torch": torch.__version__,
         "problems": [],
         "frozen": [],
+        "penalty": [],
         "digits": [],
         "minibatch": [],
         "online": [],
@@ -421,6 +475,7 @@ def run(context: typer.Context):
         found["problems"].append(facts(p))
         for name, estimator in estimators(p).items():
             found["frozen"].append(measure(p, name, estimator))
+        found["penalty"] += on_penalty(p)
         save_json(STORED, found)
         console.print(f"{p.name}: {len(estimators(p))} estimators")
     digits(found)
@@ -461,6 +516,18 @@ def kronecker():
 
 
 @app.command()
+def penalty():
+    """First-order penalty methods, and what they are compared to."""
+    torch.set_num_threads(1)
+    found = json.loads(STORED.read_text())
+    found["penalty"] = []
+    for make in {**problems.FROZEN, **problems.EARLY}.values():
+        found["penalty"] += on_penalty(make())
+        save_json(STORED, found)
+    report()
+
+
+@app.command()
 def report():
     """Tables and the figure, from what was found."""
     found = json.loads(STORED.read_text())
@@ -495,6 +562,7 @@ def report():
     metapt.show_table(
         console, "cosine to the exact hypergradient", ["", "products", "PT steps", *names], rows
     )
+    report_penalty(found["penalty"], names)
     rows = [cells(row["estimator"], [row]) for row in found["digits"]]
     metapt.show_table(
         console, f"digits, damping {DAMPING}", ["", "products", "PT steps", "cosine"], rows
@@ -522,6 +590,19 @@ def report():
                 console, f"online, batch {batch} of 300, damping {damping}", columns, rows
             )
     draw(found)
+
+
+def report_penalty(found: list[dict], names: list[str]) -> None:
+    """Costs are medians over problems."""
+    cell = {(row["estimator"], row["problem"]): row for row in found}
+    rows = []
+    for estimator in dict.fromkeys(row["estimator"] for row in found):
+        here = [cell.get((estimator, name)) for name in names]
+        _, _, cost, *cosines = cells(estimator, here)
+        kept = np.median([row["bytes"] for row in here if row])
+        rows.append([estimator, cost, f"{kept:.2f}", *cosines])
+    columns = ["", "PT steps", "bytes (PT steps)", *names]
+    metapt.show_table(console, "penalty methods: cosine to the exact hypergradient", columns, rows)
 
 
 def cells(estimator: str, rows: list[dict | None]) -> list[str]:

@@ -141,6 +141,76 @@ def evograd(p: Problem, seed: int = 0, copies: int = 2, sigma: float = 0.01) -> 
     return flat(grad(after_finetuning(p, unflat(mixture, p.theta)), phi))
 
 
+def penalty(
+    p: Problem,
+    steps: int,
+    strength: float,
+    momentum: float = MOMENTUM,
+    lr: float | None = None,
+    through: bool = True,
+    from_start: bool = False,
+) -> Tensor:
+    """λ (∇_φ L_PT(θ_λ, φ) − ∇_φ L_PT(θ, φ)): no derivative is of second order but those of FT.
+
+    θ goes on along L_PT, and a second copy θ_λ along L_PT + L_V / λ, for `steps` steps each, where
+    λ is the `strength` of the penalty. Kwon, Kwon, Wright and Nowak, "A fully first-order method
+    for stochastic bilevel optimization", ICML 2023: with f = L_V and g = L_PT the gradient by φ of
+    min_y max_z f(y) + λ (g(y, φ) − g(z, φ)), y being θ_λ and z θ; f has no φ of its own here. Pan,
+    Zhang, Zhang et al., "ScaleBiO: scalable bilevel optimization for LLM data reweighting", ACL
+    2025, have the same gradient, with α for λ. There λ grows along a run, and the copies are
+    carried from one φ to the next; here both are fixed.
+
+    To first order in 1/λ the two copies are apart by H⁻¹v / λ once the steps are many; after few
+    plain steps of size `lr` from a minimum, by the Neumann series of that size / λ.
+
+    Args:
+        momentum: of the steps; PT's own where none is given. 0: plain steps.
+        lr: of the steps; None: PT's.
+        through: whether L_V is differentiated through the steps of FT, taken anew from each θ_λ.
+            If not, ψ_K is that of FT from θ, and is held: then all passes are first-order.
+        from_start: whether the copies begin where PT began. If not, where it ended.
+    """
+    lr = p.pt_lr if lr is None else lr
+    begin = p.start if from_start else p.theta
+    psi = None if through else _finetuned(p, p.theta)
+
+    def validation_loss(theta: Params) -> Tensor:
+        return after_finetuning(p, theta) if through else p.validation_loss(theta, psi)
+
+    def trained(share: float) -> Params:
+        """The copy after `steps` steps along L_PT + share · L_V."""
+        theta = leaves(begin)
+        velocity = {name: torch.zeros_like(t) for name, t in theta.items()}
+        for _ in range(steps):
+            value = p.pretrain_loss(theta, p.phi)
+            if share:
+                value = value + share * validation_loss(theta)
+            gradient = grad(value, theta)
+            velocity = {name: momentum * velocity[name] - lr * gradient[name] for name in theta}
+            theta = leaves({name: theta[name] + velocity[name] for name in theta})
+        return theta
+
+    def slope(theta: Params) -> Tensor:
+        """∇_φ L_PT, flat; θ is a constant."""
+        phi = leaves(p.phi)
+        constant = {name: t.detach() for name, t in theta.items()}
+        return flat(grad(p.pretrain_loss(constant, phi), phi))
+
+    at_minimum = p.pt_steps is None and not from_start
+    plain = p.theta if at_minimum else trained(0.0)
+    return strength * (slope(trained(1 / strength)) - slope(plain))
+
+
+def _finetuned(p: Problem, theta: Params) -> Params:
+    """ψ_K of FT from θ, which is a constant."""
+    theta = {name: t.detach() for name, t in theta.items()}
+    psi = leaves(p.psi)
+    for _ in range(p.ft_steps):
+        gradient = grad(p.finetune_loss(theta, psi), psi)
+        psi = leaves({name: psi[name] - p.ft_lr * gradient[name] for name in psi})
+    return {name: t.detach() for name, t in psi.items()}
+
+
 def fisher(p: Problem, examples: int, damping: float, seed: int = 0) -> Callable[[Params], Params]:
     """r → (GᵀG/n + damping·I)⁻¹r, where G holds the gradients of n examples: a preconditioner for
     conjugate gradients.

@@ -1,8 +1,10 @@
 """From which languages to pre-train: learned shares beside what people do without them.
 
     python -m bench.studies.languages run --data data --seeds 20,21 --targets Faroese-OFT
-    python -m bench.studies.languages report
+    python -m bench.studies.languages large --data data
+    python -m bench.studies.languages report [--setting large]
     python -m bench.studies.languages figure
+    python -m bench.studies.languages products
 
 Cells are (target, seed); each method pre-trains afresh on the cell's seed and is fine-tuned three
 times: a head on 10 sentences, a head on 100, and everything on 100. `run` stores each cell's
@@ -69,6 +71,11 @@ SETTINGS = {
     "default": {},
     "identity": {"solver": "identity", "terms": 1, "damping": 0.0, "average": 0.0},
     "cg10": {"average": 0.0},
+    # The default with fewer and with more products.
+    "cg0": {"solver": "identity", "terms": 1, "damping": 0.0},
+    "cg2": {"terms": 2},
+    "cg5": {"terms": 5},
+    "cg20": {"terms": 20},
     "cg10-slow": {"average": 0.0, "meta_lr": 0.1},
     "cg10-large": {"average": 0.0, "meta_batch_size": 1024},
 }
@@ -196,14 +203,16 @@ class Cell:
             return self.pretrained(None, steps=4 * domain.settings.steps)
         if method == "online":
             return self.learned(setting, cotrain).network
-        phi = {
-            "even": lambda: None,
-            "hand": lambda: related(domain),
-            "overlap": lambda: overlapping(domain),
-            "tagger": lambda: best_tagged(domain),
-            "learned": lambda: self.learned(setting, cotrain).learned().state_dict(),
-        }[method]()
-        return self.pretrained(phi, cotrain=cotrain)
+        return self.pretrained(self.phi(method, setting, cotrain), cotrain=cotrain)
+
+    def phi(self, method: str, setting: str, cotrain: float) -> dict | None:
+        """φ of a method that is known by its shares; None: even ones."""
+        if method == "even":
+            return None
+        if method == "learned":
+            return self.learned(setting, cotrain).learned().state_dict()
+        by_rule = {"hand": related, "overlap": overlapping, "tagger": best_tagged}
+        return by_rule[method](self.domain)
 
 
 def stored(setting: str) -> dict:
@@ -244,6 +253,36 @@ def run(
             for method in missing:
                 scores = scores_of(cell.domain, cell.network(method, setting))
                 store(setting, key, method, scores)
+                print(key, method, *(f"{100 * score:.1f}" for score in scores), flush=True)
+
+
+LARGE = {"width": 256, "steps": 3000}
+LARGE_METHODS = "even tagger overlap hand learned"
+
+
+@app.command()
+def large(
+    seeds: Annotated[str, typer.Option(help="With commas")] = "20",
+    targets: Annotated[str, typer.Option(help="With commas")] = ",".join(TARGETS),
+    methods: Annotated[str, typer.Option(help="With spaces")] = LARGE_METHODS,
+    data: Annotated[Path, typer.Option(help="Where prepared data lie")] = Path("data"),
+):
+    """From small to large: φ of the small problem, used in PT ten times as long and four times as
+    wide. Stored as the setting "large".
+    """
+    torch.set_num_threads(1)
+    for seed in map(int, seeds.split(",")):
+        for target in targets.split(","):
+            key = f"{target} {seed}"
+            missing = [m for m in methods.split() if m not in stored("large").get(key, {})]
+            if not missing:
+                continue
+            cell = Cell(data, target, seed)
+            wide = with_settings(cell.domain, **LARGE)
+            for method in missing:
+                network = cell.pretrained(cell.phi(method, "default", 0.0), **LARGE)
+                scores = scores_of(wide, network)
+                store("large", key, method, scores)
                 print(key, method, *(f"{100 * score:.1f}" for score in scores), flush=True)
 
 
@@ -336,6 +375,42 @@ def figure(
 
     save_figure(RESULTS / "gains.png", draw)
     print(RESULTS / "gains.png")
+
+
+# The settings that differ in how many products of PT's Hessian a meta step has.
+BY_PRODUCTS = {"cg0": 0, "cg2": 2, "cg5": 5, "default": 10}
+
+
+@app.command()
+def products(seeds: Annotated[str, typer.Option(help="With commas")] = "0"):
+    """Draws bench/results/languages/products.png: what learned φ gains by the products of CG."""
+    wanted = seeds.split(",")
+    by_setting = {}
+    for setting in BY_PRODUCTS:
+        cells = stored(setting)
+        by_setting[setting] = {key: cells[key] for key in cells if key.split()[1] in wanted}
+
+    def draw(figure) -> None:
+        figure.set_size_inches(4, 2.5)
+        axis = figure.subplots()
+        for setting, number in BY_PRODUCTS.items():
+            gains = 100 * gains_of(by_setting[setting], "learned", "even", slice(None))
+            found = metapt.mean_and_interval(gains)
+            half = found["high"] - found["mean"]
+            axis.plot([number] * len(gains), gains, ".", ms=3, color="C3", alpha=0.35)
+            axis.errorbar(number, found["mean"], yerr=half, fmt="o", ms=4, capsize=2, color="C3")
+            print(setting, len(gains), in_points(gains / 100))
+        for rival, style in (("tagger", "-"), ("overlap", "--"), ("hand", ":")):
+            mean = 100 * gains_of(by_setting["default"], rival, "even", slice(None)).mean()
+            axis.axhline(mean, color="0.5", lw=0.8, ls=style, label=rival)
+        axis.legend(title="rivals, mean", fontsize=7, title_fontsize=7)
+        axis.set_xticks(list(BY_PRODUCTS.values()))
+        axis.set(
+            xlabel="products of CG in a meta step (0: q = M⁻¹v)", ylabel="gain on even (points)"
+        )
+
+    save_figure(RESULTS / "products.png", draw)
+    print(RESULTS / "products.png")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 import metapt
-from bench.accuracy import peers, problems
+from bench.accuracy import gradients, peers, problems
 from bench.costs import libraries
 
 # Not betty's cg: its next direction is made from the residual before the step, so it is not
@@ -85,6 +85,99 @@ def test_the_scales_are_derivatives_of_adams_step(steps):
     (whole,) = torch.autograd.grad((m / (1 - 0.9**steps) / root).sum(), g)
     torch.testing.assert_close(peers.adam_scale(optimizer, theta), 1 / root.detach())
     torch.testing.assert_close(peers.adam_scale(optimizer, theta, whole=True), whole)
+
+
+def quadratic() -> tuple[problems.Problem, dict[str, torch.Tensor]]:
+    """L_PT = ½ (θ − Bφ)ᵀA(θ − Bφ), L_V = ½ (θ − c)ᵀC(θ − c), without FT; and these matrices."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    def positive(size):
+        root = normal(size, size)
+        return root @ root.T / size + 0.5 * torch.eye(size, dtype=torch.float64)
+
+    of = {"A": positive(5), "B": normal(5, 3), "C": positive(5), "c": normal(5), "φ": normal(3)}
+    of |= {"start": normal(5)}
+
+    def pretrain_loss(theta, phi):
+        away = theta["w"] - of["B"] @ phi["f"]
+        return away @ of["A"] @ away / 2
+
+    def validation_loss(theta, psi):
+        away = theta["w"] - of["c"]
+        return away @ of["C"] @ away / 2
+
+    p = problems.Problem(
+        name="quadratic",
+        pretrain_loss=pretrain_loss,
+        finetune_loss=validation_loss,
+        validation_loss=validation_loss,
+        start={"w": of["start"]},
+        theta={"w": of["B"] @ of["φ"]},
+        psi={},
+        phi={"f": of["φ"]},
+        ft_lr=0.1,
+        ft_steps=0,
+        pt_lr=0.05,
+        pt_steps=None,
+        examples=1,
+        exact=of["B"].T @ of["C"] @ (of["B"] @ of["φ"] - of["c"]),
+    )
+    return p, of
+
+
+def off(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((found - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("strength", [1.0, 30.0])
+def test_the_penalty_gradient_on_a_quadratic_is_that_of_its_closed_form(strength):
+    """θ_λ = (A + C/λ)⁻¹(ABφ + Cc/λ) at the minimum of both terms together."""
+    p, of = quadratic()
+    both = of["A"] + of["C"] / strength
+    pulled = of["A"] @ of["B"] @ of["φ"] + of["C"] @ of["c"] / strength
+    theta = torch.linalg.solve(both, pulled)
+    truth = -strength * of["B"].T @ of["A"] @ (theta - of["B"] @ of["φ"])
+    assert off(peers.penalty(p, 2000, strength), truth) < 1e-9
+
+
+def test_the_penalty_gradient_tends_to_the_hypergradient_as_its_inverse_strength():
+    p, _ = quadratic()
+    errors = [off(peers.penalty(p, 2000, strength), p.exact) for strength in (1e2, 1e3, 1e4)]
+    assert errors[0] < 0.1
+    assert errors[0] / errors[1] == pytest.approx(10, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(10, rel=0.1)
+
+
+def test_both_copies_of_the_penalty_method_take_their_steps_from_where_pretraining_began():
+    """θ_T = θ_∞ + (I − lr·M)ᵀ(θ_0 − θ_∞) of plain steps on a quadratic of Hessian M."""
+    p, of = quadratic()
+    steps = 7
+    strength = 3.0
+    reached = []
+    for share in (0.0, 1 / strength):
+        hessian = of["A"] + share * of["C"]
+        pulled = of["A"] @ of["B"] @ of["φ"] + share * of["C"] @ of["c"]
+        end = torch.linalg.solve(hessian, pulled)
+        step = torch.eye(5, dtype=torch.float64) - p.pt_lr * hessian
+        reached.append(end + torch.linalg.matrix_power(step, steps) @ (of["start"] - end))
+    truth = -strength * of["B"].T @ of["A"] @ (reached[1] - reached[0])
+    found = peers.penalty(p, steps, strength, momentum=0.0, from_start=True)
+    assert off(found, truth) < 1e-10
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_a_few_plain_steps_of_the_penalty_method_are_a_neumann_series(through):
+    """J + 1 steps from a minimum are J terms with the steps' size as α, for a large λ; without the
+    way through FT, of the v that belongs to a ψ that is held.
+    """
+    p = problems.ridge()
+    held = p._replace(psi=peers._finetuned(p, p.theta), ft_steps=0)
+    truth = gradients.ours(p if through else held, metapt.Solver("neumann", 5, alpha=p.pt_lr))
+    found = peers.penalty(p, 6, 1e6, momentum=0.0, through=through)
+    assert off(found, truth) < 1e-4
 
 
 def test_a_loop_of_ones_own_takes_kronecker_factors():
