@@ -71,6 +71,7 @@ SETTINGS = {
     "default": {},
     "identity": {"solver": "identity", "terms": 1, "damping": 0.0, "average": 0.0},
     "cg10": {"average": 0.0},
+    "plain": {"solver": "identity", "terms": 1, "damping": 0.0, "preconditioner": ""},
     # The default with fewer and with more products.
     "cg0": {"solver": "identity", "terms": 1, "damping": 0.0},
     "cg2": {"terms": 2},
