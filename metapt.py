@@ -98,7 +98,7 @@ The chapters of this file, each of which uses only chapters above it:
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -169,8 +169,8 @@ class Solver:
     numbers that are moved, where that is above 1.
 
     The two are a check on each other: torch's second derivatives are wrong or missing for a few
-    operations (weight_norm, spectral_norm in training, fused attention), its first derivatives
-    are not.
+    operations (weight_norm, spectral_norm in training, fused attention, a Function of one's own
+    under @once_differentiable), its first derivatives are not.
 
     Raises:
         ValueError: a field has a value that is not listed here.
@@ -293,7 +293,7 @@ def hypergradient(
 
     Warns:
         UserWarning: L_PT does not reach parts of theta or phi; the solver met negative
-            curvature, or diverges; q is no better than 0.
+            curvature or a singular H, or diverges; q is no better than 0.
     """
     _check_arguments(theta, psi, phi, solver, q0, preconditioner)
     moving = _moving(theta)
@@ -773,6 +773,9 @@ def nystrom(products: Products, v: Tensor, rank: int, damping: float, seed: int)
         q = within + outside
     hessian_q, mixed = products.both_products(q)
     residual = ((hessian_q - v).norm() / v.norm()).item()
+    if rank == n and residual > 0.1:
+        # What solves a system directly leaves no residual, unless rounding is all there is of it.
+        products.doubts.add(_Doubts.SINGULAR)
     return Solution(q, mixed, residual)
 
 
@@ -842,7 +845,7 @@ class _RepeatableLoss:
         self.watched = watched  # names of which the first pass tells whether the loss has a path
         self.reached = None  # those that have one, as soon as that is known
         self.tracks_everything = False
-        self.backward_seen = False  # a backward pass at another point than the origin
+        self.guarded = set()  # whether a backward pass at the origin, and elsewhere, was watched
         self.value = None  # that of the first pass
         first = next(iter(origin.values()))
         self.autocast = _autocast_of_caller(first.device.type)
@@ -880,10 +883,12 @@ class _RepeatableLoss:
 
     def _pass(self, point: Params, tracked: set[str]) -> tuple[Tensor, Params]:
         leaves = {name: t.detach().requires_grad_(name in tracked) for name, t in point.items()}
-        versions = {name: t._version for name, t in leaves.items()}  # tensors count their changes
+        params = {**self.origin, **leaves}
+        # Tensors count their changes, but for those of inference mode, which constants may be.
+        versions = {name: t._version for name, t in params.items() if not t.is_inference()}
         with self._same_random_numbers(), _autocast(self.autocast, enabled=True):
-            value = self._call({**self.origin, **leaves})
-        changed = [name for name, t in leaves.items() if t._version != versions[name]]
+            value = self._call(params)
+        changed = [name for name, version in versions.items() if params[name]._version != version]
         if changed:
             names = ", ".join(changed)
             raise ValueError(
@@ -922,7 +927,7 @@ class _RepeatableLoss:
         """The gradient of `output`, which came of `evaluate`, by the leaves that `wrt` names."""
         inputs = {name: leaves[name] for name in wrt}
         try:
-            with self._refusing_old_parameters(leaves):
+            with self._refusing_old_parameters(output, leaves):
                 return gradient(output, inputs, **options)
         except RuntimeError as error:
             reason, _, _ = str(error).partition("\n")
@@ -937,17 +942,23 @@ class _RepeatableLoss:
             advice = "hvp='finite' needs first derivatives alone"
             raise NotImplementedError(f"{self.label}: {reason} ({advice})") from None
 
-    def _refusing_old_parameters(self, leaves: Params) -> contextlib.AbstractContextManager:
-        """A guard for the first backward pass away from the origin; later ones do the same."""
+    def _refusing_old_parameters(
+        self, output: Tensor, leaves: Params
+    ) -> contextlib.AbstractContextManager:
+        """A guard for the first backward pass at the origin, and for the first away from it.
+
+        Later ones do the same.
+        """
         replaced = []
-        if not self.backward_seen:
-            for name, t in leaves.items():
-                if t.data_ptr() != self.origin[name].data_ptr():
-                    replaced.append(self.origin[name])
-        if not replaced:
+        for name, t in leaves.items():
+            if t.data_ptr() != self.origin[name].data_ptr():
+                replaced.append(self.origin[name])
+        away = bool(replaced)
+        if away in self.guarded or not output.requires_grad:
             return contextlib.nullcontext()
-        self.backward_seen = True
-        return _NoOldParameters(self.label, replaced)
+        self.guarded.add(away)
+        current = {**self.origin, **leaves}.values()
+        return _NoOldParameters(self.label, output, current, replaced)
 
     def value_and_gradient(self, point: Params, wrt: Sequence[str]) -> tuple[Tensor, Params]:
         """The loss and its first-order gradient by the tensors that `wrt` names."""
@@ -982,12 +993,35 @@ class _NoOldParameters(TorchFunctionMode):
 
     Checkpointing within a module computes its activations anew in the backward pass, when
     functional_call has put the module's own parameters back: at another point these are wrong.
+    Such are those that the caller gave as theta, psi or phi, and those that the forward pass has
+    not met, where the caller gave copies.
     """
 
-    def __init__(self, label: str, replaced: list[Tensor]):
+    def __init__(
+        self,
+        label: str,
+        output: Tensor,
+        current: Iterable[Tensor],
+        replaced: list[Tensor],
+    ):
         super().__init__()
         self.label = label
-        self.memory = {t.data_ptr() for t in replaced if t.numel()}
+        self.output = output
+        self.replaced = {t.data_ptr() for t in replaced if t.numel()}
+        self.current = {t.data_ptr() for t in current}.difference(self.replaced)
+        self.met_forward = None  # ids of the leaves of the graph, as soon as they are asked for
+
+    def is_old(self, t) -> bool:
+        if type(t) is not torch.nn.Parameter:
+            return False
+        place = t.data_ptr()
+        if place in self.replaced:
+            return True
+        if place in self.current or not t.requires_grad or not torch.is_grad_enabled():
+            return False
+        if self.met_forward is None:
+            self.met_forward = _leaf_ids(self.output)
+        return id(t) not in self.met_forward
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.autograd.grad:
@@ -997,7 +1031,7 @@ class _NoOldParameters(TorchFunctionMode):
             with self:
                 return function(_edges(outputs), _edges(inputs), **kwargs)
         for t in [*args, *(kwargs or {}).values()]:
-            if type(t) is torch.nn.Parameter and t.data_ptr() in self.memory:
+            if self.is_old(t):
                 raise ValueError(
                     f"{self.label} recomputes activations in its backward pass with a module's own "
                     "parameters: checkpoint(lambda theta: functional_call(net, theta, x), theta)"
@@ -1011,6 +1045,12 @@ def _edges(tensors: Sequence[Tensor]) -> list:
 
 def _reached(value: Tensor, leaves: Params) -> set[str]:
     """The names of the leaves to which the graph of `value` leads."""
+    leaf_ids = _leaf_ids(value)
+    return {name for name, t in leaves.items() if id(t) in leaf_ids}
+
+
+def _leaf_ids(value: Tensor) -> set[int]:
+    """The ids of all leaves to which the graph of `value` leads."""
     if not value.requires_grad:
         return set()
     first = get_gradient_edge(value).node
@@ -1025,7 +1065,7 @@ def _reached(value: Tensor, leaves: Params) -> set[str]:
             if before is not None and before not in seen:
                 seen.add(before)
                 to_visit.append(before)
-    return {name for name, t in leaves.items() if id(t) in leaf_ids}
+    return leaf_ids
 
 
 def _autocast_of_caller(device_type: str) -> dict | None:
@@ -1313,9 +1353,10 @@ class _Doubts:
         "the solver met a direction along which H has no positive curvature, and left it out: "
         "damping helps"
     )
+    SINGULAR = "the solver met a singular H (up to rounding), and q is noise: damping helps"
     NEUMANN_GROWS = (
         "neumann moves away from H⁻¹v: H has negative curvature (damping helps), or alpha is too "
-        "large"
+        "large; or a loss draws random numbers from elsewhere than torch's default generators"
     )
     STEP_TOO_SHORT = (
         "Solver.step is too short for the dtypes of theta, psi and phi: a longer one, or None"
@@ -1372,14 +1413,17 @@ def _check_arguments(
 ) -> None:
     """TypeError or ValueError for what can be told before anything is computed."""
     for name, params in {"theta": theta, "psi": psi, "phi": phi, "q0": q0 or {}}.items():
-        is_dict = isinstance(params, dict)
-        if not is_dict or not all(isinstance(t, Tensor) for t in params.values()):
+        if not isinstance(params, dict):
             kind = type(params).__name__
             raise TypeError(f"{name} is {kind}, expected dict(module.named_parameters()) or such")
-        for key in params:
+        for key, t in params.items():
             if not isinstance(key, str):
                 raise TypeError(f"{name} has a tensor of the name {key!r}, expected a string")
-    _require(theta and phi, "theta and phi", "empty", "parameters in both")
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name}.{key} is {type(t).__name__}, expected a tensor")
+    for name, params in {"theta": theta, "phi": phi}.items():
+        if not params:
+            raise ValueError(f"{name} is empty, expected parameters")
     if torch.is_inference_mode_enabled():
         raise ValueError("autograd records nothing in torch.inference_mode(); no_grad() will do")
     if getattr(torch.nn.utils.parametrize, "_cache_enabled", 0):
@@ -1961,7 +2005,8 @@ class Domain(abc.ABC):
     tests: ClassVar[dict[str, str]] = {"test": "accuracy"}
     # What `measure` gives, in words for the axis of a figure.
     captions: ClassVar[dict[str, str]] = {}
-    # How many threads of the CPU serve best; None: torch's choice, and one in a comparison.
+    # How many threads of the CPU serve best; None: torch's choice. A comparison, which several
+    # processes may share, has one thread for each of them then.
     threads: ClassVar[int | None] = None
     # Whether L_PT is a mean over examples, so that several processes may divide a batch.
     mean_over_examples: ClassVar[bool] = True
@@ -1977,6 +2022,8 @@ class Domain(abc.ABC):
         self.settings = settings
         self.device = device
         self.data_folder = data
+        # For a process that makes it once more: their number has a say in how sums are rounded.
+        self.threads_here = torch.get_num_threads()
         torch.manual_seed(settings.seed)
 
     @abc.abstractmethod
@@ -3072,8 +3119,13 @@ class Method(NamedTuple):
 
 def given_network(domain: Domain, network: Network) -> Method:
     """The method that every seed has this network of the domain for."""
-    theta = {name: t.detach().cpu() for name, t in network.state_dict().items()}
-    return Method("given", theta=theta, settings=domain.settings)
+    return Method("given", theta=on_cpu(network), settings=domain.settings)
+
+
+def on_cpu(module: nn.Module) -> dict:
+    """Its state dict, in which a module may also keep what is no tensor."""
+    state = module.state_dict()
+    return {name: x.cpu() if isinstance(x, Tensor) else x for name, x in state.items()}
 
 
 def make_network(domain: Domain, method: Method, seed: int) -> Network:
@@ -3823,6 +3875,9 @@ def domain_in(module, path: Path, class_name: str | None) -> type[Domain]:
     return kind
 
 
+checksums_of_modules = {}  # of the content that was run, by the module's name
+
+
 @functools.cache
 def load_module(path: Path, checksum: str):
     """Runs a Python file as a module, once for each content of it."""
@@ -3830,6 +3885,7 @@ def load_module(path: Path, checksum: str):
     spec = importlib.util.spec_from_file_location(f"metapt_domain_{path.stem}_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    checksums_of_modules[spec.name] = checksum
     try:
         spec.loader.exec_module(module)
     except BadInput:
@@ -3861,8 +3917,20 @@ def name_of(kind: type[Domain]) -> str:
 def identity(kind: type[Domain]) -> dict:
     """For config.json: the domain's name and its file's checksum; None for one in this file."""
     path = Path(inspect.getfile(kind)).resolve()
-    checksum = None if path == Path(__file__).resolve() else checksum_of(path)
+    checksum = None
+    if path != Path(__file__).resolve():
+        # Not of the file as it may have become since.
+        checksum = checksums_of_modules.get(kind.__module__) or checksum_of(path)
     return {"domain": name_of(kind), "domain_sha256": checksum}
+
+
+def make_domain(kind: type[Domain], settings: Settings, device: torch.device, data: Path) -> Domain:
+    """BadInput where the class does not begin as every domain does."""
+    domain = kind(settings, device, data)
+    if not hasattr(domain, "data_folder"):
+        call = "super().__init__(settings, device, data)"
+        raise BadInput(f"{kind.__name__}.__init__ does not call {call}")
+    return domain
 
 
 def domain_of_run(run: Run, console: rich.console.Console) -> type[Domain]:
@@ -3894,7 +3962,8 @@ def domain_as_in(
     config = run.config()
     with run.reading("config.json"):
         settings = kind.Settings(**config["settings"])
-    domain = kind(dataclasses.replace(settings, **given), pick_device(device), data)
+    settings = dataclasses.replace(settings, **given)
+    domain = make_domain(kind, settings, pick_device(device), data)
     if domain.data_digest() != config["data"]:
         raise BadInput(f"{run.folder} was trained on other data than {data} holds now")
     return domain
@@ -4259,40 +4328,47 @@ def measure_cells(
 class DomainRecipe(NamedTuple):
     """What a worker makes a domain of. It looks at prepared data where they lie."""
 
-    identity: dict  # as `identity` says it
+    identity: dict  # what config.json has of a domain: its name and its file's checksum
     settings: dict
     device: str
     data_folder: Path
+    threads: int  # that made it here
+
+
+def recipe_of(domain: Domain) -> DomainRecipe:
+    settings = dataclasses.asdict(domain.settings)
+    device = str(domain.device)
+    who = identity(type(domain))
+    return DomainRecipe(who, settings, device, domain.data_folder, domain.threads_here)
 
 
 class WorkerEnded(Failed):
-    """A process that compared has ended by itself."""
+    """A process that compares has ended by itself, or could not begin."""
 
 
 def measure_in_workers(
     domain: Domain, cells: list[Cell], jobs: int, advance: Callable[[], None]
 ) -> list[Measured]:
-    """The same by other processes. They end with this one, however it ends."""
-    kind = type(domain)
-    settings = dataclasses.asdict(domain.settings)
-    recipe = DomainRecipe(identity(kind), settings, str(domain.device), domain.data_folder)
-    pool = concurrent.futures.ProcessPoolExecutor(
-        jobs,
-        # A forked process would have torch's threads in the middle of whatever they were doing.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=begin_worker,
-        initargs=(threads_of_cell(domain),),
-    )
+    """The results of cells, in their order, from workers, which end with this process.
+
+    Workers of the standard library: joblib's would be sent a copy of whatever stands in a program's
+    own file, classes of errors included, in place of its name.
+    """
+    recipe = recipe_of(domain)
+    try:
+        pool = concurrent.futures.ProcessPoolExecutor(
+            jobs,
+            # A forked process would have torch's threads in the middle of whatever they were doing.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=begin_worker,
+            initargs=(threads_of_cell(domain),),
+        )
+    except OSError as error:
+        # Locks between processes need a little of the memory that they share.
+        raise WorkerEnded(f"processes that compare cannot begin: {error}") from None
     others = set(multiprocessing.active_children())
-    # Workers inherit this block: Ctrl-C, which reaches them too, is answered here alone.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        # As bytes, since tensors would go through shared memory, of which there may be little.
-        arguments = [(pickle.dumps(recipe), pickle.dumps(cell)) for cell in cells]
-        sent = [pool.submit(work, *of_cell) for of_cell in arguments]
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    try:
+        sent = send_cells(pool, recipe, cells)
         for done in concurrent.futures.as_completed(sent):
             done.result()
             advance()
@@ -4307,6 +4383,27 @@ def measure_in_workers(
     finally:
         pool.shutdown(cancel_futures=True)
     return [done.result() for done in sent]
+
+
+def send_cells(
+    pool: concurrent.futures.Executor, recipe: DomainRecipe, cells: list[Cell]
+) -> list[concurrent.futures.Future]:
+    """Hands cells to workers, which begin with the first cell.
+
+    Ctrl-C and SIGTERM wait until all have begun: one that is half begun could not be ended.
+    """
+    # As bytes, since tensors would go through shared memory, of which there may be little.
+    arguments = [(pickle.dumps(recipe), pickle.dumps(cell)) for cell in cells]
+    with noting_signals() as asked_to_stop:
+        # Workers inherit this block: Ctrl-C, which reaches them too, is answered here alone.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            sent = [pool.submit(work, *of_cell) for of_cell in arguments]
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if asked_to_stop.is_set():
+        raise KeyboardInterrupt
+    return sent
 
 
 def begin_worker(threads: int) -> None:
@@ -4337,7 +4434,11 @@ def made_domain(pickled_recipe: bytes) -> Domain:
     if identity(kind) != recipe.identity:
         raise Failed(f"{recipe.identity['domain']} was changed while it was in use")
     settings = kind.Settings(**recipe.settings)
-    return kind(settings, torch.device(recipe.device), recipe.data_folder)
+    before = torch.get_num_threads()
+    torch.set_num_threads(recipe.threads)
+    domain = kind(settings, torch.device(recipe.device), recipe.data_folder)
+    torch.set_num_threads(before)
+    return domain
 
 
 # What metapt.py does not repeat: metrics.jsonl has the residual of each solve, and `report` counts
@@ -4422,7 +4523,7 @@ def begin_run(request: TrainingRequest, console: rich.console.Console) -> tuple[
     kind = request.kind()
     given = parse_settings(kind.Settings, request.command, request.words)
     settings = make_settings(kind, given, request.preset)
-    domain = kind(settings, pick_device(request.device), request.data)
+    domain = make_domain(kind, settings, pick_device(request.device), request.data)
     compared_sizes(domain)
     if request.use not in ("chosen", "learned"):
         raise BadInput(f"--use is {request.use!r}, expected chosen or learned")
@@ -4670,7 +4771,11 @@ def report(
     residuals = [row.get("residual") for row in history]
     useless = sum(residual is not None and residual >= 1 for residual in residuals)
     if useless:
-        lines.append(f"in {useless} meta steps ‖Hq − v‖ ≥ ‖v‖: more --damping or --terms may help")
+        lines.append(
+            f"in {useless} of {training.meta_steps} meta steps the solve came to nothing better "
+            "than q = 0 (‖Hq − v‖ ≥ ‖v‖), and φ was moved by it all the same: more --damping or "
+            "--terms may help"
+        )
     if domain.settings.compare:
         methods = methods_of(training, learned, run)
         entries, sentences = compare_methods(training, methods, jobs, console)
@@ -4732,7 +4837,7 @@ def methods_of(training: Training, learned: nn.Module, run: Run) -> dict[str, Me
     of_this_run = given_network(training.domain, training.network)
     methods = {"no_pretraining": Method("untrained")}
     if training.learn:
-        phi = {name: t.cpu() for name, t in learned.state_dict().items()}
+        phi = on_cpu(learned)
         methods["default_phi"] = Method("pretrained")
         methods["learned_phi"] = Method("pretrained", phi=phi)
         methods["online"] = of_this_run
@@ -4949,6 +5054,14 @@ def refuse_ranks() -> None:
         raise BadInput(f"this is one process's program; for several: {command}")
 
 
+def refuse_workers() -> None:
+    """BadInput where a process of a comparison, as it begins, runs a script that calls `main`."""
+    # What multiprocessing marks a process with while it runs the main program once more.
+    if hasattr(multiprocessing.current_process(), "_inheriting"):
+        where = "put metapt.main(...) under if __name__ == '__main__', or say --jobs 1"
+        raise BadInput(f"each process that compares runs this script once more: {where}")
+
+
 def main(words: list[str] | None = None) -> None:
     """Runs a command. What the user can mend is one line and exit status 2, other ends are 1."""
     # Figures go into files. A notebook names a backend here that this Python may lack.
@@ -4972,6 +5085,7 @@ def run_command(words: list[str]) -> tuple[int, str]:
     """The exit status of a command, and what is to be said of its end: nothing if it was good."""
     try:
         refuse_ranks()
+        refuse_workers()
         command = typer.main.get_command(app)
         status = command.main(command_words(words), prog_name="metapt.py", standalone_mode=False)
         # typer gives the number that ends a shell's command after Ctrl-C.

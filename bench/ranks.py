@@ -290,6 +290,12 @@ def silent_console(as_json: bool) -> rich.console.Console:
     return rich.console.Console(quiet=True)
 
 
+def refuse_jobs(jobs: int | None) -> None:
+    """In place of metapt.require_jobs, which is asked before anything is done."""
+    if jobs is not None:
+        raise BadInput("--jobs is for one process; ranks divide the comparison by themselves")
+
+
 def measure_in_turn(
     domain: metapt.Domain,
     cells: list[metapt.Cell],
@@ -300,8 +306,6 @@ def measure_in_turn(
 
     The networks are made by all ranks together, since it may be PT that makes them.
     """
-    if jobs is not None:
-        raise BadInput("--jobs is for one process; ranks divide the comparison by themselves")
     own = []
     for number, cell in enumerate(cells):
         network = metapt.make_network(domain, cell.method, cell.seed)
@@ -360,6 +364,7 @@ def put_in_place() -> None:
     """From here on metapt's commands are those of several ranks."""
     metapt.Training = DividedTraining
     metapt.Run = SharedRun
+    metapt.require_jobs = refuse_jobs
     metapt.measure_cells = measure_in_turn
     metapt.noting_signals = noting_signals_of_all
     metapt.pick_device = pick_own_device

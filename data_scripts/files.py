@@ -81,7 +81,9 @@ def run(command) -> None:
     def stop(*_):
         raise Stopped
 
-    app = typer.Typer(add_completion=False)
+    app = typer.Typer(
+        add_completion=False, context_settings={"help_option_names": ["-h", "--help"]}
+    )
     app.command()(command)
     script = typer.main.get_command(app)
     say_anything()

@@ -245,6 +245,20 @@ def test_a_run_whose_folder_has_the_name_of_a_method_is_a_run(name, copied, runs
     assert (words in out) == (name == "no_pretraining")
 
 
+def test_solves_without_use_are_counted_and_said_to_have_moved_phi(copied, tmp_path):
+    """Such steps are not skipped: the report says how many there were of all, and what may help."""
+    folder = copied("toy")
+    rows = [strict_json(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    solved = [row for row in rows if row.get("residual") is not None]
+    for row, residual in zip(solved, (1.0, 2.5), strict=False):
+        row["residual"] = residual
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = main_in(tmp_path, "meta", "--resume", folder)
+    assert (code, err) == (0, "")
+    expected = f"in 2 of {len(solved)} meta steps the solve came to nothing better than q = 0"
+    assert expected in " ".join(out.split())
+
+
 @pytest.mark.parametrize("command", ["finetune", "eval"])
 def test_seeds_are_as_many_as_asked(command, runs, tmp_path):
     for given, seeds in ([], 5), (["--compare=2"], 2), (["--compare", "1"], 1):

@@ -373,7 +373,8 @@ def test_a_full_disk_is_one_line(string_files, server, tmp_path, refused, monkey
 
 
 @pytest.mark.parametrize("module", [mnist, ptbxl, hu_graphs, string_graphs, ud])
-def test_usage(module, tmp_path, refused):
+def test_usage(module, tmp_path, refused, script):
+    assert "--data" in script(module, "-h")[1]
     assert "exclude each other" in refused(module, "--from", tmp_path, "--check")
     assert "No such option" in refused(module, "--frm", tmp_path)
     assert "about.json is missing" in refused(module, "--check", "--data", tmp_path)

@@ -1066,15 +1066,23 @@ def state_of(problem, scope):
             )
             for scopes in (("all", "head"), ("head", "all"))
         ),
-        (ValueError, "theta and phi", lambda p: run(changed(p, phi={}))),
+        (ValueError, "phi is empty", lambda p: run(changed(p, phi={}))),
         *(
             (
                 TypeError,
-                f"{name} is (Tensor|Linear|dict).*named_parameters",
+                f"{name} is (Tensor|Linear).*named_parameters",
                 lambda p, name=name, given=given: run(changed(p, **{name: given})),
             )
             for name in ("theta", "psi", "phi")
-            for given in (torch.ones(2), nn.Linear(2, 2), {"w": 1.0})
+            for given in (torch.ones(2), nn.Linear(2, 2))
+        ),
+        *(
+            (
+                TypeError,
+                f"{name}.w is float, expected a tensor",
+                lambda p, name=name: run(changed(p, **{name: {"w": 1.0}})),
+            )
+            for name in ("theta", "psi", "phi")
         ),
         (TypeError, "q0 is Linear", lambda p: run(p, q0=nn.Linear(2, 2))),
         *(

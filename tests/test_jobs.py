@@ -1,5 +1,6 @@
 """Chapter 9 of metapt.py, comparisons by several processes: the same numbers, and a clean end."""
 
+import multiprocessing
 import os
 import re
 import shlex
@@ -182,8 +183,50 @@ def test_the_default_is_one_process_for_each_core_that_cells_leave(monkeypatch):
     assert metapt.default_jobs(domain) == 1
 
 
+def test_a_worker_makes_its_domain_with_as_many_threads_as_it_was_made_here(home):
+    """Products of matrices that `__init__` takes are rounded by their number."""
+    torch.set_num_threads(3)
+    domain = domain_of(metapt.find_domain(str(home / "toy.py:Toy")))
+    torch.set_num_threads(1)
+    made = metapt.made_domain(metapt.pickle.dumps(metapt.recipe_of(domain)))
+    assert made.threads_here == 3
+    assert torch.get_num_threads() == 1
+
+
+def test_a_network_may_keep_what_is_no_tensor(monkeypatch):
+    monkeypatch.setattr(torch.nn.Tanh, "get_extra_state", lambda _: {"seen": 3}, raising=False)
+    put = []
+    monkeypatch.setattr(torch.nn.Tanh, "set_extra_state", lambda _, x: put.append(x), raising=False)
+    domain = domain_of(Toy)
+    metapt.make_network(domain, metapt.given_network(domain, domain.network()), seed=0)
+    assert put == [{"seen": 3}]
+
+
 # ------------------------------------------------------------------------------------------------
 # Ends
+
+
+def test_a_script_that_its_workers_run_once_more_is_refused_there(home, tmp_path, monkeypatch):
+    process = multiprocessing.current_process()
+    monkeypatch.setattr(process, "_inheriting", True, raising=False)
+    message = refused(tmp_path, "meta", home / "toy.py:Toy", *QUICK)
+    assert "under if __name__ == '__main__', or say --jobs 1" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_domain_begins_as_every_domain_does(tmp_path):
+    more = """
+
+class Careless(Toy):
+    def __init__(self, settings, device, data):
+        self.settings = settings
+        self.device = device
+        self.sizes = {"pretrain": 43, "finetune": 20, "validation": 16, "test": 30}
+"""
+    path = toy_file(tmp_path / "toy.py", more)
+    message = refused(tmp_path, "meta", f"{path}:Careless", *QUICK)
+    expected = "Careless.__init__ does not call super().__init__(settings, device, data)"
+    assert message == f"metapt: {expected}"
 
 
 @pytest.mark.parametrize("command", ["meta", "pretrain"])
@@ -211,6 +254,16 @@ def test_a_worker_that_ends_is_one_line_and_the_run_goes_on(home, tmp_path):
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
+def test_where_no_process_can_begin_it_is_said(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metapt.concurrent.futures, "ProcessPoolExecutor", refuse)
+    domain = domain_of(Toy)
+    with pytest.raises(metapt.WorkerEnded, match="cannot begin: .*No space left on device"):
+        metapt.measure_cells(domain, cells_of_toy(domain), 2, lambda: None)
+
+
 @pytest.mark.parametrize(
     ("trouble", "code", "message"), [("refuse", 2, "no score today"), ("memory", 1, "alloc")]
 )
@@ -228,10 +281,10 @@ def test_a_domain_that_changes_meanwhile_is_refused(home, tmp_path):
     kind = metapt.find_domain(str(path))
     domain = domain_of(kind)
     cells = cells_of_toy(domain)
-    identity = metapt.identity(kind)
-    recipe = metapt.DomainRecipe(identity, {"seed": 0}, "cpu", Path("data"))
+    recipe = metapt.recipe_of(domain)
     assert type(metapt.made_domain(metapt.pickle.dumps(recipe))) is kind
     path.write_text(path.read_text() + "\n# Another content\n")
+    assert metapt.recipe_of(domain) == recipe
     recipe = recipe._replace(settings={"seed": 1})
     with pytest.raises(metapt.Failed, match="was changed while it was in use"):
         metapt.work(metapt.pickle.dumps(recipe), metapt.pickle.dumps(cells[0]))
@@ -252,6 +305,29 @@ def wait_for(condition, seconds: float = 100) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_end_where_a_signal_comes_while_they_begin(number, monkeypatch):
+    """Between the beginning of the first and that of the second."""
+    begun = []
+    start = multiprocessing.context.SpawnProcess.start
+
+    def start_and_strike(process):
+        start(process)
+        begun.append(process)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", start_and_strike)
+    domain = domain_of(Toy)
+    cells = cells_of_toy(domain)
+    with (
+        pytest.raises(metapt.Failed, match=r"^stopped; begin anew$"),
+        metapt.advice_on_end("stopped", "begin anew"),
+    ):
+        metapt.measure_cells(domain, cells, 2, lambda: None)
+    assert len(begun) == 2
+    assert not any(process.is_alive() for process in begun)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -282,6 +282,55 @@ def test_recomputation_with_a_modules_own_weights_is_refused(detached):
         )
 
 
+@pytest.mark.parametrize("hvp", WAYS)
+@pytest.mark.parametrize("scope", ["head", "all"])
+def test_recomputation_with_a_modules_own_weights_is_refused_where_theta_is_a_copy(scope, hvp):
+    """As in a loop that keeps θ by itself, and calls the module for its shape alone."""
+    net, loss, _ = checkpointed_problem(within=True)
+    theta = {name: p.detach().clone() for name, p in net.named_parameters()}
+    nn.init.constant_(net.w, 2.0)
+    phi = {"p": torch.tensor(0.3, dtype=torch.float64)}
+    if scope == "head":
+        with pytest.raises(ValueError, match="pretrain_loss recomputes"):
+            solve(loss, lambda theta: theta["w"].sum(), theta, phi, Solver("cg", 3, hvp=hvp))
+        return
+    with pytest.raises(ValueError, match="finetune_loss recomputes"):
+        hypergradient(
+            shift_loss,
+            lambda theta, psi: loss(theta, {"p": psi["h"]}),
+            lambda theta, psi: theta["w"].sum() + psi["h"].sum(),
+            theta,
+            {"h": torch.zeros(1, dtype=torch.float64)},
+            phi,
+            unroll=Unroll(2, 0.1, scope="all"),
+            solver=Solver("identity", hvp=hvp),
+        )
+
+
+@pytest.mark.parametrize("hvp", WAYS)
+def test_recomputation_may_read_parameters_that_are_no_part_of_theta(hvp):
+    net, _, truth = checkpointed_problem(within=False)
+    other, teacher, frozen = (nn.Linear(1, 1, bias=False).double() for _ in range(3))
+    frozen.requires_grad_(False)
+    x = torch.ones(1, dtype=torch.float64)
+
+    def block(theta):
+        with torch.no_grad():
+            target = teacher(x)
+        return functional_call(net, theta, (x,)) + 0 * (other(x) + target + frozen(x))
+
+    found = solve(
+        lambda theta, phi: (
+            0.5 * (checkpoint(block, theta, use_reentrant=False) - phi["p"]).square().sum()
+        ),
+        lambda theta: theta["w"].sum(),
+        {name: p.detach().clone() for name, p in net.named_parameters()},
+        {"p": torch.tensor(0.3, dtype=torch.float64)},
+        Solver("cg", 3, hvp=hvp),
+    )
+    assert found.phi["p"].item() == pytest.approx(truth, rel=1e-6)
+
+
 @pytest.mark.parametrize("within, hvp", [(True, "exact"), (False, "exact"), (False, "finite")])
 def test_recomputation_with_the_right_weights_goes_on_working(within, hvp):
     net, loss, truth = checkpointed_problem(within)
@@ -541,6 +590,34 @@ def test_a_loss_that_changes_theta_in_place_is_told(hvp):
         )
 
 
+@pytest.mark.parametrize("hvp", WAYS)
+def test_a_loss_that_changes_a_constant_of_theta_in_place_is_told(hvp):
+    theta = {
+        "w": nn.Parameter(torch.ones(2)),
+        "rows": nn.Parameter(torch.full((2, 2), 5.0), requires_grad=False),
+    }
+
+    def loss(theta, phi):
+        rows = nn.functional.embedding(torch.tensor([0, 1]), theta["rows"], max_norm=1.0)
+        return shift_loss(theta, phi) + rows.sum()
+
+    with pytest.raises(ValueError, match=r"pretrain_loss changed theta\.rows in place"):
+        solve(
+            loss,
+            lambda theta: theta["w"].sum(),
+            theta,
+            {"p": torch.tensor(1.0)},
+            Solver("cg", 2, hvp=hvp),
+        )
+
+
+@pytest.mark.parametrize("group", ["theta", "phi"])
+def test_a_group_without_parameters_is_named(group):
+    params = {"theta": {"w": torch.ones(2)}, "phi": {"p": torch.tensor(1.0)}, group: {}}
+    with pytest.raises(ValueError, match=f"^{group} is empty, expected parameters"):
+        solve(shift_loss, lambda theta: theta["w"].sum(), **params, solver=Solver("cg", 2))
+
+
 # Numbers whose squares leave their dtype, and curvature that is not there
 
 
@@ -655,9 +732,8 @@ def test_a_singular_hessian_is_told_by_full_nystrom_too(seed):
     except FloatingPointError as error:
         assert str(error) == "q is not finite: H is singular, damping helps"
     else:
-        assert found.residual >= 0.5 and any("Hq − v" in text for text in texts) == (
-            found.residual >= 1
-        )
+        assert found.residual > 0.1
+        assert any("singular H" in text for text in texts), texts
 
 
 # Random numbers, devices
@@ -674,12 +750,10 @@ def test_other_random_numbers_than_torchs_are_named_among_the_causes():
         {"w": torch.zeros(3, dtype=torch.float64)},
         {"p": torch.zeros(3, dtype=torch.float64)},
     )
-    _, texts = told(
-        lambda: solve(
-            loss, lambda theta: theta["w"].sum(), *parameters, Solver("cg", 3, hvp="finite")
-        )
-    )
-    assert any("random numbers" in text and "torch's" in text for text in texts), texts
+    for method in ("cg", "neumann", "nystrom"):
+        solver = Solver(method, 3, hvp="finite")
+        _, texts = told(lambda: solve(loss, lambda theta: theta["w"].sum(), *parameters, solver))
+        assert any("random numbers" in text and "torch's" in text for text in texts), texts
     assert "torch's default generators" in hypergradient.__doc__
 
 

@@ -101,6 +101,24 @@ NAMES = {
     "cotrain_phi_online": "CoTrain with φ, θ of that run",
 }
 
+# The order in the figure: real data as they are, then those of which a part was spoilt or made up.
+IN_FIGURE = (
+    "ppi",
+    "ppi-bgrl",
+    "ecg-from-0.5",
+    "ecg-from-3",
+    "ecg-byol",
+    "ppi-permuted",
+    "ppi-permuted-zero-biases",
+    "mnist-noise",
+    "digits-noise",
+    "digits-rotation",
+    "digits-affine",
+)
+# What colours tell apart there; all other methods are rivals.
+LEARNED = ("learned", "online", "chosen", "cotrain_phi", "cotrain_phi_online")
+COLOURS = {"learned φ": "C0", "oracle φ": "C2", "rivals": "C1"}
+
 
 class Trial:
     """One seed of an experiment. A method is a function that gives an encoder; some share what
@@ -310,8 +328,14 @@ def run(
             pool.submit(run_seed, name, seed, wanted, given, path, again, data)
             for seed in all_seeds
         ]
-        for seed in running:
-            seed.result()
+        try:
+            for seed in running:
+                seed.result()
+        except BaseException:
+            # Otherwise seeds that wait would be run before this ends.
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def run_seed(
@@ -511,30 +535,44 @@ def report(
                 console, f"{path.stem} (test, %; gains with 95 % intervals)", columns, table
             )
 
-    def draw(figure):
-        shown = {
-            name: [line for line in lines if line["method"] not in ("none", "default")]
-            for name, lines in figures.items()
-        }
-        shown = {name: lines for name, lines in shown.items() if lines}
-        heights = [len(lines) for lines in shown.values()]
-        figure.set_size_inches(6, 0.16 * sum(heights) + 0.45 * len(heights))
-        axes = np.atleast_1d(figure.subplots(len(shown), 1, height_ratios=heights))
-        for axis, (name, lines) in zip(axes, shown.items(), strict=True):
-            means, halves = zip(*(line["gain"] for line in lines), strict=True)
-            axis.errorbar(
-                means, range(len(lines)), xerr=np.nan_to_num(halves), fmt="o", ms=3, capsize=2
-            )
-            axis.axvline(0, color="0.6", lw=0.6)
-            axis.set_yticks(
-                range(len(lines)), [NAMES[line["method"]] for line in lines], fontsize=6
-            )
-            axis.set_title(f"{name}, {lines[0]['seeds']} seeds", fontsize=7, loc="left")
-            axis.invert_yaxis()
-        figure.supxlabel("points gained on default φ (95 % intervals)", fontsize=7)
-
     if figures:
-        save_figure(out / "worth.png", draw)
+        save_figure(out / "worth.png", lambda figure: draw_gains(figure, figures))
+
+
+def kind_of(method: str) -> str:
+    """Which of COLOURS a method has."""
+    if method in LEARNED:
+        return "learned φ"
+    return "oracle φ" if method == "oracle" else "rivals"
+
+
+def draw_gains(figure, figures: dict[str, list[dict]]) -> None:
+    """Gains on default φ: a panel an experiment, a row a method, a colour a kind of method."""
+    shown = {}
+    for name in sorted(figures, key=IN_FIGURE.index):
+        lines = [line for line in figures[name] if line["method"] not in ("none", "default")]
+        if lines:
+            shown[name] = lines
+    heights = [len(lines) + 1 for lines in shown.values()]
+    figure.set_size_inches(6, 0.16 * sum(heights) + 0.35 * len(heights) + 0.3)
+    axes = np.atleast_1d(figure.subplots(len(shown), 1, height_ratios=heights))
+    handles = {}
+    for axis, (name, lines) in zip(axes, shown.items(), strict=True):
+        for place, line in enumerate(lines):
+            mean, half = line["gain"]
+            kind = kind_of(line["method"])
+            handles[kind] = axis.errorbar(
+                mean, place, xerr=np.nan_to_num(half), fmt="o", ms=3, capsize=2, color=COLOURS[kind]
+            )
+        axis.axvline(0, color="0.6", lw=0.6)
+        names = [NAMES[line["method"]] for line in lines]
+        axis.set_yticks(range(len(lines)), names, fontsize=6)
+        axis.set_ylim(len(lines) - 0.3, -0.7)  # downwards, and no row on the axis itself
+        axis.set_title(f"{name}, {lines[0]['seeds']} seeds", fontsize=7, loc="left")
+    kinds = [kind for kind in COLOURS if kind in handles]
+    of_kinds = [handles[kind] for kind in kinds]
+    figure.legend(of_kinds, kinds, loc="outside upper center", ncols=3, fontsize=7)
+    figure.supxlabel("points gained on default φ (95 % intervals)", fontsize=7)
 
 
 if __name__ == "__main__":

@@ -513,7 +513,8 @@ def chosen(kind: str) -> tuple:
 
 def test_ranks_refuse_processes_besides_them():
     with pytest.raises(metapt.BadInput, match="--jobs is for one process"):
-        ranks.measure_in_turn(domain_of(Toy), [], 2, lambda: None)
+        ranks.refuse_jobs(2)
+    ranks.refuse_jobs(None)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from scipy import stats
 
 import metapt
@@ -48,6 +49,25 @@ def test_gains_are_paired_by_seed_and_the_share_is_of_sums():
     assert math.isnan(worth.interval([1.0])[1])
     uncertain = {**scores, "oracle": [0.7, 0.8, 0.9]}  # a gap that may be none has no share
     assert {line["share"] for line in worth.summary(rows_of(uncertain))} == {None}
+
+
+def test_the_figure_tells_learned_oracle_and_rivals_apart_and_begins_with_real_data():
+    assert set(worth.IN_FIGURE) == set(worth.EXPERIMENTS)
+    scores = {"default": [0.5, 0.7], "learned": [0.6, 0.7], "oracle": [0.7, 0.9]}
+    noise = worth.summary(rows_of({**scores, "finetune_alone": [0.4, 0.6]}))
+    proteins = worth.summary(rows_of({"default": [0.5, 0.7], "online": [0.6, 0.9]}))
+    figure = Figure(layout="constrained")
+    worth.draw_gains(figure, {"digits-noise": noise, "ppi": proteins})
+    figure.canvas.draw()
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles == ["ppi, 2 seeds", "digits-noise, 2 seeds"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["learned φ", "oracle φ", "rivals"]
+    colours = [[bar.lines[0].get_color() for bar in axis.containers] for axis in figure.axes]
+    assert colours == [["C0"], ["C0", "C1", "C2"]]
+    for axis in figure.axes:
+        low, high = sorted(axis.get_ylim())
+        assert low < 0 and high > len(axis.get_yticks()) - 1
 
 
 def test_what_is_chosen_has_the_highest_held_score_of_the_three():
