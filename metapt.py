@@ -4081,7 +4081,7 @@ Resume = Annotated[Path | None, typer.Option(help="Go on with this run from its 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Data = Annotated[Path, typer.Option(help="Where prepared data lie")]
 Jobs = Annotated[
-    int | None, typer.Option(help="Processes that compare [default: one for each free core]")
+    int | None, typer.Option(help="Processes that compare [default: as many as are of use]")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON and nothing else")]
 Help = Annotated[bool, typer.Option("--help", "-h", help="Show this, and the settings of DOMAIN")]
@@ -4304,15 +4304,29 @@ def threads_of_cell(domain: Domain) -> int:
 def measure_cells(
     domain: Domain, cells: list[Cell], jobs: int | None, advance: Callable[[], None]
 ) -> list[Measured]:
-    """The results of cells, in their order, from so many processes; None: as many as fit.
+    """The results of cells, in their order, from so many processes; None: as many as are of use.
 
     They are the same for any number of processes. `advance` is called after each cell.
     """
+    first = []
     if jobs is None:
-        jobs = default_jobs(domain)
-    jobs = min(jobs, len(cells))
+        # The first cell says whether it pays to begin others.
+        begun = time.perf_counter()
+        first = measure_here(domain, cells[:1], advance)
+        seconds_left = (time.perf_counter() - begun) * (len(cells) - 1)
+        jobs = default_jobs(domain) if seconds_left > SECONDS_TO_BEGIN else 1
+    rest = cells[len(first) :]
+    jobs = min(jobs, len(rest))
     if jobs > 1:
-        return measure_in_workers(domain, cells, jobs, advance)
+        return first + measure_in_workers(domain, rest, jobs, advance)
+    return first + measure_here(domain, rest, advance)
+
+
+# What a process of its own takes until it measures: it imports torch and reads the data.
+SECONDS_TO_BEGIN = 5
+
+
+def measure_here(domain: Domain, cells: list[Cell], advance: Callable[[], None]) -> list[Measured]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads_of_cell(domain))
     try:

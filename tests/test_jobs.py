@@ -101,10 +101,10 @@ def test_any_number_of_processes_gives_the_same_to_the_bit(home, tmp_path):
     assert len({row["mean"] for row in one[0]["comparison"]}) > 2
 
 
-def test_by_default_a_script_takes_the_cores_and_the_numbers_are_the_same(tmp_path):
+def test_workers_of_a_script_give_what_one_process_gives_that_imports_it(tmp_path):
     words = ["meta", "digits-rotation", *options(TINY["digits-rotation"]), "--json"]
     here = summary_of(tmp_path, *words[:-1], "--out=here")
-    done = metapt_in(tmp_path, *words, "--out=there")
+    done = metapt_in(tmp_path, *words, "--jobs=2", "--out=there")
     assert done.returncode == 0, done.stderr
     assert strict_json(done.stdout)["comparison"] == here["comparison"]
 
@@ -168,6 +168,28 @@ def test_a_cell_has_the_same_threads_whatever_there_are(monkeypatch):
     metapt.measure_cells(domain, cells, 1, lambda: None)
     assert set(counted) == {2}
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_by_default_others_begin_where_that_is_sooner_than_to_go_on(pays, monkeypatch):
+    domain = domain_of(Toy)
+    cells = cells_of_toy(domain)
+    expected = metapt.measure_cells(domain, cells, 1, lambda: None)
+    begun = []
+
+    def measure_in_workers(domain, cells, jobs, advance):
+        begun.append((len(cells), jobs))
+        return metapt.measure_here(domain, cells, advance)
+
+    monkeypatch.setattr(metapt, "default_jobs", lambda domain: 3)
+    monkeypatch.setattr(metapt, "measure_in_workers", measure_in_workers)
+    monkeypatch.setattr(metapt, "SECONDS_TO_BEGIN", 0 if pays else 1000)
+    advanced = []
+    found = metapt.measure_cells(domain, cells, None, lambda: advanced.append(1))
+    assert found == expected
+    assert len(advanced) == len(cells)
+    # The first cell is measured here in both cases.
+    assert begun == ([(len(cells) - 1, 3)] if pays else [])
 
 
 def test_the_default_is_one_process_for_each_core_that_cells_leave(monkeypatch):
