@@ -10,6 +10,7 @@ the held-out scores of the choice. Times are those of a clock on the wall, with 
 start. A domain whose data are not there is left out.
 """
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -58,8 +59,9 @@ def main(
     repeats: Annotated[int, typer.Option(help="Pairs", min=1)] = 3,
     data: Annotated[Path, typer.Option(help="Where prepared data lie")] = Path("data"),
 ):
-    """Times comparisons by one and by several processes, in turn."""
-    rows = []
+    """Times comparisons by one and by several processes, in turn; stored rows are replaced."""
+    path = RESULTS / "jobs" / f"jobs-{jobs}.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
     for name in domains.split(","):
         try:
             domain = make_domain(name, data)
@@ -77,6 +79,7 @@ def main(
             if found != expected:
                 raise SystemExit(f"{name}: other numbers by {jobs} processes")
         ratios = np.divide(together, alone)
+        rows = [row for row in rows if row["domain"] != name]
         rows.append(
             {
                 "domain": name,
@@ -86,7 +89,7 @@ def main(
                 "seconds_together": together,
             }
         )
-        save_json(RESULTS / "jobs" / f"jobs-{jobs}.json", rows)
+        save_json(path, rows)
         print(
             f"{name}: {np.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})", flush=True
         )
