@@ -845,7 +845,7 @@ class _RepeatableLoss:
         self.watched = watched  # names of which the first pass tells whether the loss has a path
         self.reached = None  # those that have one, as soon as that is known
         self.tracks_everything = False
-        self.guarded = set()  # whether a backward pass at the origin, and elsewhere, was watched
+        self.guarded = set()  # of "origin" and "elsewhere": where a backward pass was guarded
         self.value = None  # that of the first pass
         first = next(iter(origin.values()))
         self.autocast = _autocast_of_caller(first.device.type)
@@ -949,14 +949,16 @@ class _RepeatableLoss:
 
         Later ones do the same.
         """
+        if len(self.guarded) == 2 or not output.requires_grad:
+            return contextlib.nullcontext()
         replaced = []
         for name, t in leaves.items():
             if t.data_ptr() != self.origin[name].data_ptr():
                 replaced.append(self.origin[name])
-        away = bool(replaced)
-        if away in self.guarded or not output.requires_grad:
+        place = "elsewhere" if replaced else "origin"
+        if place in self.guarded:
             return contextlib.nullcontext()
-        self.guarded.add(away)
+        self.guarded.add(place)
         current = {**self.origin, **leaves}.values()
         return _NoOldParameters(self.label, output, current, replaced)
 
@@ -1012,12 +1014,16 @@ class _NoOldParameters(TorchFunctionMode):
         self.met_forward = None  # ids of the leaves of the graph, as soon as they are asked for
 
     def is_old(self, t) -> bool:
+        """Whether this is a module's own Parameter, where the loss was given another tensor."""
         if type(t) is not torch.nn.Parameter:
             return False
         place = t.data_ptr()
         if place in self.replaced:
             return True
-        if place in self.current or not t.requires_grad or not torch.is_grad_enabled():
+        if place in self.current:
+            return False
+        if not t.requires_grad or not torch.is_grad_enabled():
+            # The graph has no constants: of these it cannot say whether the forward pass met them.
             return False
         if self.met_forward is None:
             self.met_forward = _leaf_ids(self.output)
@@ -3187,7 +3193,7 @@ class Comparison(NamedTuple):
     """What several methods give after the same FT: lists over seeds."""
 
     finetuned: dict[tuple[str, int], list[Finetuned]]  # by method and FT-set size
-    held_scores: dict[str, list[float]]  # by method
+    held_scores: dict[str, list[float]]  # by method; empty where they were not asked for
 
 
 def collect(cells: list[Cell], measured: list[Measured]) -> Comparison:
@@ -3196,7 +3202,8 @@ def collect(cells: list[Cell], measured: list[Measured]) -> Comparison:
     for cell, result in zip(cells, measured, strict=True):
         for size, finetuned in zip(cell.sizes, result.finetuned, strict=True):
             comparison.finetuned.setdefault((cell.name, size), []).append(finetuned)
-        comparison.held_scores.setdefault(cell.name, []).append(result.held_score)
+        if cell.with_held:
+            comparison.held_scores.setdefault(cell.name, []).append(result.held_score)
     return comparison
 
 
@@ -3519,8 +3526,8 @@ class Run:
                 for value in row.values():
                     if value is not None and not isinstance(value, int | float):
                         raise TypeError(f"the row of step {row['step']} has what is no number")
-                    # JSON's integers may be longer than any number that can be drawn.
-                    float(value or 0)
+                    if isinstance(value, int) and abs(value) > sys.float_info.max:
+                        raise ValueError(f"the row of step {row['step']} has an integer too large")
             return rows
 
     def save_checkpoint(self, training: Training) -> None:
@@ -4276,6 +4283,12 @@ def evaluate_runs(
 
 # Comparisons by several processes
 
+# What metapt.py does not repeat: metrics.jsonl has the residual of each solve, and `report` counts
+# those that are useless.
+DOUBTS_OF_SOLVES = "‖Hq − v‖|the solver met"
+# How many seconds a process takes until it measures: it imports torch and reads the data.
+SECONDS_TO_BEGIN = 5
+
 
 def require_jobs(jobs: int | None) -> None:
     if jobs is not None and jobs < 1:
@@ -4322,21 +4335,24 @@ def measure_cells(
     return first + measure_here(domain, rest, advance)
 
 
-# What a process of its own takes until it measures: it imports torch and reads the data.
-SECONDS_TO_BEGIN = 5
-
-
 def measure_here(domain: Domain, cells: list[Cell], advance: Callable[[], None]) -> list[Measured]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads_of_cell(domain))
-    try:
-        measured = []
+    measured = []
+    with threads_of_torch(threads_of_cell(domain)):
         for cell in cells:
             measured.append(measure_cell(domain, cell))
             advance()
+    return measured
+
+
+@contextlib.contextmanager
+def threads_of_torch(count: int):
+    """Within this torch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
-    return measured
 
 
 class DomainRecipe(NamedTuple):
@@ -4350,10 +4366,13 @@ class DomainRecipe(NamedTuple):
 
 
 def recipe_of(domain: Domain) -> DomainRecipe:
-    settings = dataclasses.asdict(domain.settings)
-    device = str(domain.device)
-    who = identity(type(domain))
-    return DomainRecipe(who, settings, device, domain.data_folder, domain.threads_here)
+    return DomainRecipe(
+        identity=identity(type(domain)),
+        settings=dataclasses.asdict(domain.settings),
+        device=str(domain.device),
+        data_folder=domain.data_folder,
+        threads=domain.threads_here,
+    )
 
 
 class WorkerEnded(Failed):
@@ -4368,7 +4387,6 @@ def measure_in_workers(
     Workers of the standard library: joblib's would be sent a copy of whatever stands in a program's
     own file, classes of errors included, in place of its name.
     """
-    recipe = recipe_of(domain)
     try:
         pool = concurrent.futures.ProcessPoolExecutor(
             jobs,
@@ -4382,21 +4400,26 @@ def measure_in_workers(
         raise WorkerEnded(f"processes that compare cannot begin: {error}") from None
     others = set(multiprocessing.active_children())
     try:
-        sent = send_cells(pool, recipe, cells)
+        sent = send_cells(pool, recipe_of(domain), cells)
         for done in concurrent.futures.as_completed(sent):
             done.result()
             advance()
-    except BaseException as error:
-        # Nobody waits for what they are in the middle of.
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
-            reason = f"one of {jobs} processes that compared has ended, as where memory runs out"
-            raise WorkerEnded(reason) from None
+    except concurrent.futures.process.BrokenProcessPool:
+        end_processes_but(others)
+        reason = f"one of {jobs} processes that compared has ended, as where memory runs out"
+        raise WorkerEnded(reason) from None
+    except BaseException:
+        end_processes_but(others)
         raise
     finally:
         pool.shutdown(cancel_futures=True)
     return [done.result() for done in sent]
+
+
+def end_processes_but(others: set) -> None:
+    """Ends what this process has begun: nobody waits for what they are in the middle of."""
+    for process in set(multiprocessing.active_children()) - others:
+        process.terminate()
 
 
 def send_cells(
@@ -4407,12 +4430,13 @@ def send_cells(
     Ctrl-C and SIGTERM wait until all have begun: one that is half begun could not be ended.
     """
     # As bytes, since tensors would go through shared memory, of which there may be little.
-    arguments = [(pickle.dumps(recipe), pickle.dumps(cell)) for cell in cells]
+    pickled_recipe = pickle.dumps(recipe)
+    pickled_cells = [pickle.dumps(cell) for cell in cells]
     with noting_signals() as asked_to_stop:
         # Workers inherit this block: Ctrl-C, which reaches them too, is answered here alone.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            sent = [pool.submit(work, *of_cell) for of_cell in arguments]
+            sent = [pool.submit(work, pickled_recipe, cell) for cell in pickled_cells]
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if asked_to_stop.is_set():
@@ -4434,30 +4458,22 @@ def end_with_parent() -> None:
 
 def work(pickled_recipe: bytes, pickled_cell: bytes) -> Measured:
     """What a worker does with a cell."""
-    domain = made_domain(pickled_recipe)
+    domain = domain_by_recipe(pickled_recipe)
     # Only now, since it may name classes of the domain's file.
     cell = pickle.loads(pickled_cell)
     return measure_cell(domain, cell)
 
 
 @functools.cache
-def made_domain(pickled_recipe: bytes) -> Domain:
+def domain_by_recipe(pickled_recipe: bytes) -> Domain:
     """A worker's domain, which is made once."""
     recipe = pickle.loads(pickled_recipe)
     kind = find_domain(recipe.identity["domain"])
     if identity(kind) != recipe.identity:
         raise Failed(f"{recipe.identity['domain']} was changed while it was in use")
     settings = kind.Settings(**recipe.settings)
-    before = torch.get_num_threads()
-    torch.set_num_threads(recipe.threads)
-    domain = kind(settings, torch.device(recipe.device), recipe.data_folder)
-    torch.set_num_threads(before)
-    return domain
-
-
-# What metapt.py does not repeat: metrics.jsonl has the residual of each solve, and `report` counts
-# those that are useless.
-DOUBTS_OF_SOLVES = "‖Hq − v‖|the solver met"
+    with threads_of_torch(recipe.threads):
+        return make_domain(kind, settings, torch.device(recipe.device), recipe.data_folder)
 
 
 # What `pretrain` and `meta` do

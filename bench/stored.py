@@ -18,6 +18,18 @@ def save_json(path: Path, content) -> None:
     metapt.write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def load_json(path: Path) -> dict:
+    """What is stored; nothing where nothing is yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def add_result(path: Path, key: str, name: str, result) -> None:
+    """One more result of a cell. What another process stored meanwhile stays."""
+    results = load_json(path)
+    results.setdefault(key, {})[name] = result
+    save_json(path, results)
+
+
 def save_figure(path: Path, draw: Callable) -> None:
     """What `draw` makes of an empty matplotlib Figure, as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)

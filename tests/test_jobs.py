@@ -210,7 +210,7 @@ def test_a_worker_makes_its_domain_with_as_many_threads_as_it_was_made_here(home
     torch.set_num_threads(3)
     domain = domain_of(metapt.find_domain(str(home / "toy.py:Toy")))
     torch.set_num_threads(1)
-    made = metapt.made_domain(metapt.pickle.dumps(metapt.recipe_of(domain)))
+    made = metapt.domain_by_recipe(metapt.pickle.dumps(metapt.recipe_of(domain)))
     assert made.threads_here == 3
     assert torch.get_num_threads() == 1
 
@@ -304,7 +304,7 @@ def test_a_domain_that_changes_meanwhile_is_refused(home, tmp_path):
     domain = domain_of(kind)
     cells = cells_of_toy(domain)
     recipe = metapt.recipe_of(domain)
-    assert type(metapt.made_domain(metapt.pickle.dumps(recipe))) is kind
+    assert type(metapt.domain_by_recipe(metapt.pickle.dumps(recipe))) is kind
     path.write_text(path.read_text() + "\n# Another content\n")
     assert metapt.recipe_of(domain) == recipe
     recipe = recipe._replace(settings={"seed": 1})

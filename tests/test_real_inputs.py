@@ -262,6 +262,20 @@ def checkpointed_problem(within):
     return net, loss, truth.item()
 
 
+def by_finetuning(loss, theta, solver):
+    """The hypergradient where `loss` is that of FT steps, which move theta as well."""
+    return hypergradient(
+        shift_loss,
+        lambda theta, psi: loss(theta, {"p": psi["h"]}),
+        lambda theta, psi: theta["w"].sum() + psi["h"].sum(),
+        theta,
+        {"h": torch.zeros(1, dtype=torch.float64)},
+        {"p": torch.tensor(0.3, dtype=torch.float64)},
+        unroll=Unroll(2, 0.1, scope="all"),
+        solver=solver,
+    )
+
+
 @pytest.mark.parametrize("detached", [False, True])
 def test_recomputation_with_a_modules_own_weights_is_refused(detached):
     net, loss, _ = checkpointed_problem(within=True)
@@ -270,16 +284,7 @@ def test_recomputation_with_a_modules_own_weights_is_refused(detached):
     with pytest.raises(ValueError, match="pretrain_loss recomputes .*checkpoint.lambda theta"):
         solve(loss, lambda theta: theta["w"].sum(), theta, phi, Solver("cg", 3, hvp="finite"))
     with pytest.raises(ValueError, match="finetune_loss recomputes"):
-        hypergradient(
-            lambda theta, phi: 0.5 * (theta["w"] - phi["p"]).square().sum(),
-            lambda theta, psi: loss(theta, {"p": psi["h"]}),
-            lambda theta, psi: theta["w"].sum() + psi["h"].sum(),
-            theta,
-            {"h": torch.zeros(1, dtype=torch.float64)},
-            phi,
-            unroll=Unroll(2, 0.1, scope="all"),
-            solver=Solver("identity"),
-        )
+        by_finetuning(loss, theta, Solver("identity"))
 
 
 @pytest.mark.parametrize("hvp", WAYS)
@@ -295,16 +300,7 @@ def test_recomputation_with_a_modules_own_weights_is_refused_where_theta_is_a_co
             solve(loss, lambda theta: theta["w"].sum(), theta, phi, Solver("cg", 3, hvp=hvp))
         return
     with pytest.raises(ValueError, match="finetune_loss recomputes"):
-        hypergradient(
-            shift_loss,
-            lambda theta, psi: loss(theta, {"p": psi["h"]}),
-            lambda theta, psi: theta["w"].sum() + psi["h"].sum(),
-            theta,
-            {"h": torch.zeros(1, dtype=torch.float64)},
-            phi,
-            unroll=Unroll(2, 0.1, scope="all"),
-            solver=Solver("identity", hvp=hvp),
-        )
+        by_finetuning(loss, theta, Solver("identity", hvp=hvp))
 
 
 @pytest.mark.parametrize("hvp", WAYS)

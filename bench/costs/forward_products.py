@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 import metapt
 from bench.accuracy.precision import cosine, make
+from bench.costs import counting
 from bench.domains.ecg import nt_xent
 
 
@@ -56,18 +57,14 @@ def main(
             slopes = metapt.gradient(loss(dual), views)
             return {name: forward_ad.unpack_dual(g).tangent for name, g in slopes.items()}
 
-    found, seconds = {}, []
-    for _ in range(repeats + 1):
-        seconds.append([])
-        for way in (exact, differences, forward_over_reverse):
-            begun = time.process_time()
-            found[way.__name__] = torch.cat([g.flatten() for g in way().values()])
-            seconds[-1].append(time.process_time() - begun)
+    ways = {way.__name__: way for way in (exact, differences, forward_over_reverse)}
+    seconds = counting.in_turn(ways, repeats, domain.device, time.process_time)
+    found = {name: torch.cat([g.flatten() for g in way().values()]) for name, way in ways.items()}
     of_exact = found["exact"]
-    ratios = np.array(seconds[1:]) / np.array(seconds[1:])[:, 1:2]
-    for (name, product), of_way in zip(found.items(), ratios.T, strict=True):
+    for name, product in found.items():
         off = ((product - of_exact).norm() / of_exact.norm()).item()
-        low, middle, high = np.percentile(of_way, [0, 50, 100])
+        ratios = np.divide(seconds[name], seconds["differences"])
+        low, middle, high = np.percentile(ratios, [0, 50, 100])
         time_text = f"{middle:.2f} ({low:.2f} to {high:.2f}) of the differences' time"
         print(f"{name}: cosine {cosine(product, of_exact):.3f}, off by {off:.0e}, {time_text}")
 

@@ -90,9 +90,7 @@ def main(
             }
         )
         save_json(path, rows)
-        print(
-            f"{name}: {np.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})", flush=True
-        )
+        print(f"{name}: {spread(ratios)}", flush=True)
     show(rows)
 
 

@@ -172,20 +172,16 @@ def times(name: str, data: Path, pairs: int) -> dict:
     hide what there is between them.
     """
     training, plain = both_loops(name, data)
-    seconds = np.empty((pairs + 1, 2))
-    for pair in seconds:
-        for i, work in enumerate((training.pretrain_step, plain.step)):
-            begun = time.process_time()
-            work()
-            pair[i] = time.process_time() - begun
-    # The first pair makes the moments of Adam.
-    ratios = seconds[1:, 0] / seconds[1:, 1]
+    works = {"training": training.pretrain_step, "plain": plain.step}
+    # The first pair, which it leaves out, makes the moments of Adam.
+    seconds = counting.in_turn(works, pairs, training.domain.device, time.process_time)
+    ratios = np.divide(seconds["training"], seconds["plain"])
     resampled = np.random.default_rng(0).choice(ratios, (2000, pairs))
     return {
         "pairs": pairs,
         "time_ratio": float(np.median(ratios)),
         "time_ratio_interval": np.percentile(np.median(resampled, 1), [2.5, 97.5]).tolist(),
-        "plain_seconds": float(np.median(seconds[1:, 1])),
+        "plain_seconds": float(np.median(seconds["plain"])),
     }
 
 

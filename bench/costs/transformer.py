@@ -260,16 +260,23 @@ def solver_of(case: Case) -> Solver:
     return Solver(method, int(terms or 1), damping=DAMPING, tol=1e-8, hvp=hvp, step=step)
 
 
+def problem(task: Transformer) -> tuple:
+    """What metapt.hypergradient takes by position: three losses, and θ, ψ and φ."""
+    return (
+        task.pretrain_loss,
+        task.finetune_loss,
+        task.validation_loss,
+        metapt.detached(task.body),
+        metapt.detached(task.ft_head),
+        {"weights": task.phi},
+    )
+
+
 def hypergradient(task: Transformer, case: Case) -> metapt.Hypergradient:
     of_steps = "exact" if case.products == "finite, FT exact" else None
     with math_kernel(case.products == "exact"), autocast(case.precision):
         return metapt.hypergradient(
-            task.pretrain_loss,
-            task.finetune_loss,
-            task.validation_loss,
-            metapt.detached(task.body),
-            metapt.detached(task.ft_head),
-            {"weights": task.phi},
+            *problem(task),
             unroll=Unroll(case.steps, FT_LR, scope=case.scope, hvp=of_steps),
             solver=solver_of(case),
         )

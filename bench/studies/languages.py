@@ -23,7 +23,7 @@ The rivals:
 
 import dataclasses
 import functools
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +33,7 @@ import typer
 
 import metapt
 from bench.stored import RESULTS as ALL_RESULTS
-from bench.stored import save_figure, save_json
+from bench.stored import add_result, load_json, save_figure
 
 RESULTS = ALL_RESULTS / "languages"
 COLUMNS = ("head 10", "head 100", "all 100")
@@ -217,15 +217,40 @@ class Cell:
 
 
 def stored(setting: str) -> dict:
-    path = RESULTS / f"{setting}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return load_json(RESULTS / f"{setting}.json")
+
+
+def stored_of(setting: str, seeds: str, targets: str = "") -> dict:
+    """The same of these seeds and targets alone, with commas between; empty: of all."""
+    found = {}
+    for key, scores in stored(setting).items():
+        target, seed = key.split()
+        of_seed = not seeds or seed in seeds.split(",")
+        of_target = not targets or target in targets.split(",")
+        if of_seed and of_target:
+            found[key] = scores
+    return found
 
 
 def store(setting: str, key: str, method: str, scores: list[float]) -> None:
-    """One more result. What another process stored meanwhile stays."""
-    results = stored(setting)
-    results.setdefault(key, {})[method] = scores
-    save_json(RESULTS / f"{setting}.json", results)
+    """One more result, which is printed, too."""
+    add_result(RESULTS / f"{setting}.json", key, method, scores)
+    print(key, method, *(f"{100 * score:.1f}" for score in scores), flush=True)
+
+
+def missing_cells(
+    setting: str, seeds: str, targets: str, methods: str, data: Path
+) -> Iterator[tuple[str, Cell, str]]:
+    """What is not stored yet: its key, the cell, and a method. A cell is made once."""
+    for seed in map(int, seeds.split(",")):
+        for target in targets.split(","):
+            key = f"{target} {seed}"
+            missing = [m for m in methods.split() if m not in stored(setting).get(key, {})]
+            if not missing:
+                continue
+            cell = Cell(data, target, seed)
+            for method in missing:
+                yield key, cell, method
 
 
 METHODS = (
@@ -244,17 +269,9 @@ def run(
 ):
     """Runs the cells that are not stored yet."""
     torch.set_num_threads(1)
-    for seed in map(int, seeds.split(",")):
-        for target in targets.split(","):
-            key = f"{target} {seed}"
-            missing = [m for m in methods.split() if m not in stored(setting).get(key, {})]
-            if not missing:
-                continue
-            cell = Cell(data, target, seed)
-            for method in missing:
-                scores = scores_of(cell.domain, cell.network(method, setting))
-                store(setting, key, method, scores)
-                print(key, method, *(f"{100 * score:.1f}" for score in scores), flush=True)
+    for key, cell, method in missing_cells(setting, seeds, targets, methods, data):
+        scores = scores_of(cell.domain, cell.network(method, setting))
+        store(setting, key, method, scores)
 
 
 LARGE = {"width": 256, "steps": 3000}
@@ -272,19 +289,10 @@ def large(
     wide. Stored as the setting "large".
     """
     torch.set_num_threads(1)
-    for seed in map(int, seeds.split(",")):
-        for target in targets.split(","):
-            key = f"{target} {seed}"
-            missing = [m for m in methods.split() if m not in stored("large").get(key, {})]
-            if not missing:
-                continue
-            cell = Cell(data, target, seed)
-            wide = with_settings(cell.domain, **LARGE)
-            for method in missing:
-                network = cell.pretrained(cell.phi(method, "default", 0.0), **LARGE)
-                scores = scores_of(wide, network)
-                store("large", key, method, scores)
-                print(key, method, *(f"{100 * score:.1f}" for score in scores), flush=True)
+    for key, cell, method in missing_cells("large", seeds, targets, methods, data):
+        network = cell.pretrained(cell.phi(method, "default", 0.0), **LARGE)
+        wide = with_settings(cell.domain, **LARGE)
+        store("large", key, method, scores_of(wide, network))
 
 
 def gains_of(results: dict, method: str, versus: str, column: int | slice) -> np.ndarray:
@@ -313,15 +321,7 @@ def report(
     markdown: Annotated[bool, typer.Option(help="A table for a page")] = False,
 ):
     """Gains in points: the mean over cells, and half of the 95 % interval."""
-    wanted_seeds = seeds.split(",") if seeds else None
-    wanted_targets = targets.split(",") if targets else None
-    results = {}
-    for key, scores in stored(setting).items():
-        target, seed = key.split()
-        of_seed = not wanted_seeds or seed in wanted_seeds
-        of_target = not wanted_targets or target in wanted_targets
-        if of_seed and of_target:
-            results[key] = scores
+    results = stored_of(setting, seeds, targets)
     columns = (*range(len(COLUMNS)), slice(None))
     rows = []
     for method in dict.fromkeys(method for scores in results.values() for method in scores):
@@ -343,12 +343,7 @@ def figure(
     seeds: Annotated[str, typer.Option(help="With commas; else all")] = "",
 ):
     """Draws bench/results/languages/gains.png: each method's gain on even shares."""
-    wanted = seeds.split(",") if seeds else None
-    results = {
-        key: scores
-        for key, scores in stored(setting).items()
-        if not wanted or key.split()[1] in wanted
-    }
+    results = stored_of(setting, seeds)
 
     def draw(figure) -> None:
         figure.set_size_inches(5, 2.5)
@@ -385,11 +380,7 @@ BY_PRODUCTS = {"cg0": 0, "cg2": 2, "cg5": 5, "default": 10}
 @app.command()
 def products(seeds: Annotated[str, typer.Option(help="With commas")] = "0"):
     """Draws bench/results/languages/products.png: what learned φ gains by the products of CG."""
-    wanted = seeds.split(",")
-    by_setting = {}
-    for setting in BY_PRODUCTS:
-        cells = stored(setting)
-        by_setting[setting] = {key: cells[key] for key in cells if key.split()[1] in wanted}
+    by_setting = {setting: stored_of(setting, seeds) for setting in BY_PRODUCTS}
 
     def draw(figure) -> None:
         figure.set_size_inches(4, 2.5)
@@ -406,9 +397,8 @@ def products(seeds: Annotated[str, typer.Option(help="With commas")] = "0"):
             axis.axhline(mean, color="0.5", lw=0.8, ls=style, label=rival)
         axis.legend(title="rivals, mean", fontsize=7, title_fontsize=7)
         axis.set_xticks(list(BY_PRODUCTS.values()))
-        axis.set(
-            xlabel="products of CG in a meta step (0: q = M⁻¹v)", ylabel="gain on even (points)"
-        )
+        axis.set_xlabel("products of CG in a meta step (0: q = M⁻¹v)")
+        axis.set_ylabel("gain on even (points)")
 
     save_figure(RESULTS / "products.png", draw)
     print(RESULTS / "products.png")

@@ -15,7 +15,6 @@ What is stored in bench/results/penalty is not made again.
 """
 
 import copy
-import json
 import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -26,7 +25,7 @@ import typer
 import metapt
 from bench.costs import counting
 from bench.stored import RESULTS as ALL_RESULTS
-from bench.stored import save_json
+from bench.stored import add_result, load_json, save_json
 from bench.studies import languages, worth
 
 RESULTS = ALL_RESULTS / "penalty"
@@ -154,15 +153,11 @@ OF_PROTEINS = {
 
 
 def stored(name: str) -> dict:
-    path = RESULTS / f"penalty-{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return load_json(RESULTS / f"penalty-{name}.json")
 
 
 def store(name: str, key: str, variant: str, result: dict) -> None:
-    """One more result. What another process stored meanwhile stays."""
-    results = stored(name)
-    results.setdefault(key, {})[variant] = result
-    save_json(RESULTS / f"penalty-{name}.json", results)
+    add_result(RESULTS / f"penalty-{name}.json", key, variant, result)
 
 
 def training_of(variant: Variant, domain: metapt.Domain) -> metapt.Training:

@@ -324,17 +324,16 @@ def run(
     # Seeds share nothing but the file of results.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        running = [
+        runs_of_seeds = [
             pool.submit(run_seed, name, seed, wanted, given, path, again, data)
             for seed in all_seeds
         ]
         try:
-            for seed in running:
-                seed.result()
+            for run_of_seed in runs_of_seeds:
+                run_of_seed.result()
         except BaseException:
             # Otherwise seeds that wait would be run before this ends.
-            for process in multiprocessing.active_children():
-                process.terminate()
+            metapt.end_processes_but(set())
             raise
 
 

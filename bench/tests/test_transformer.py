@@ -177,15 +177,7 @@ def test_a_weight_is_that_of_its_language():
 def test_exact_products_are_refused_in_one_line_where_torch_chose_the_flash_kernel():
     task = transformer.after_pretraining(SMALL)
     with pytest.raises(NotImplementedError) as caught:
-        metapt.hypergradient(
-            task.pretrain_loss,
-            task.finetune_loss,
-            task.validation_loss,
-            metapt.detached(task.body),
-            metapt.detached(task.ft_head),
-            {"weights": task.phi},
-            solver=metapt.Solver("identity"),
-        )
+        metapt.hypergradient(*transformer.problem(task), solver=metapt.Solver("identity"))
     message = str(caught.value)
     assert "flash_attention" in message
     assert "hvp='finite'" in message
