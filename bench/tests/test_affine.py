@@ -198,6 +198,19 @@ def test_no_loss_before_finetuning_reads_the_target():
     assert run.meta_steps == 1
 
 
+def test_the_meta_step_has_the_logarithm_of_the_loss_that_pretraining_lowers():
+    domain = domain_of(affine.DigitsAffine, dropout=0.0)
+    network = domain.network()
+    meta = domain.meta()
+    values = []
+    for live in (True, False):
+        loss = domain.pretrain_loss(network, meta, torch.arange(50), 0.5, live=live)
+        torch.manual_seed(0)  # The same maps.
+        values.append(loss(metapt.detached(network), metapt.detached(meta)))
+    assert values[0] > 1
+    torch.testing.assert_close(values[0].log(), values[1])
+
+
 def test_hypergradients_against_central_differences():
     with in_float64():
         check_hypergradient(domain_of(affine.DigitsAffine, unroll_lr=0.05, seed=0))
