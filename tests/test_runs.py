@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from tools import (
+    KILLED,
     ROOT,
     TINY,
     contents,
@@ -873,30 +874,6 @@ def test_a_kill_at_every_write_rename_and_flush_leads_to_the_same_end(home, tmp_
         assert ended == (0, ""), at
         assert outcome(folder / "run") == expected, at
         assert names_in(folder / "run") == names_in(whole / "run"), at
-
-
-KILLED = """
-import os, signal, sys
-import metapt
-
-metapt.CHECKPOINT_EVERY = 1
-real = os.replace
-count = 0
-last = int(sys.argv.pop(1))
-after = sys.argv.pop(1) == "after"
-
-def replace(*names):
-    global count
-    count += 1
-    if count == last and not after:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(*names)
-    if count == last and after:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-os.replace = replace
-metapt.main()
-"""
 
 
 def test_a_process_that_is_killed_goes_on_to_the_same_end(home, tmp_path):

@@ -83,6 +83,32 @@ def metapt_in(
     )
 
 
+# metapt in a process that kills itself before or after it replaces a file for the n-th time: its
+# first two arguments are n and "before" or "after". A checkpoint follows every episode.
+KILLED = """
+import os, signal, sys
+import metapt
+
+metapt.CHECKPOINT_EVERY = 1
+real = os.replace
+count = 0
+last = int(sys.argv.pop(1))
+after = sys.argv.pop(1) == "after"
+
+def replace(*names):
+    global count
+    count += 1
+    if count == last and not after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*names)
+    if count == last and after:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = replace
+metapt.main()
+"""
+
+
 def main_in(folder: Path, *arguments) -> tuple[int, str, str]:
     """Like `metapt_in`, in this process, which saves the imports.
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shutil
+import signal
 import zlib
 from pathlib import Path
 
@@ -17,7 +18,19 @@ import torch
 import torch.nn.functional as F
 from datasets import ENDINGS, TREEBANKS, made_up, write_treebank, write_treebanks
 from matplotlib.figure import Figure
-from tools import flat, main_in, options, pipeline_of, refused, spy, summary_of
+from tools import (
+    KILLED,
+    ROOT,
+    flat,
+    main_in,
+    metapt_in,
+    options,
+    outcome,
+    pipeline_of,
+    refused,
+    spy,
+    summary_of,
+)
 
 import metapt
 from bench.domains import sources
@@ -650,6 +663,23 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(home, given):
     second.run()
     assert torch.equal(flat(second.network), flat(whole.network))
     assert torch.equal(flat(second.meta), flat(whole.meta))
+
+
+def test_rounds_that_are_killed_go_on_to_the_same_end(home, tmp_path):
+    """SIGKILL in the first round, at the end of it, and in the second."""
+    data = f"--data={home / 'data'}"
+    given = ["--rounds=2", data, *options(TINY)]
+    # config.json is the first file that is replaced; six episodes of each round follow.
+    start = ["meta", "sources", "--out=run", *given]
+    resume = ["meta", "--resume=run", data]
+    for when, arguments in [("4 after", start), ("4 before", resume), ("3 after", resume)]:
+        words = [*when.split(), *arguments]
+        done = metapt_in(tmp_path, *words, code=KILLED, PYTHONPATH=str(ROOT))
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not (tmp_path / "run" / "summary.json").exists()
+    assert main_in(tmp_path, *resume)[0] == 0
+    assert main_in(tmp_path, "meta", "sources", "--out=whole", *given)[0] == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 def test_pretraining_with_phi_fixed_reads_no_sentence_of_the_target(home, monkeypatch):
