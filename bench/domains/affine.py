@@ -134,20 +134,27 @@ class AffineSettings(metapt.DigitsSettings):
     narrow: float = metapt.setting(
         1.0, "Share of the run over which it does", check=metapt.SHARE, learning=True
     )
+    log_loss: bool = metapt.setting(True, "Meta steps are about log L_PT", learning=True)
 
 
 class DigitsAffine(metapt.Digits):
     """PT images are transformed by maps around φ, FT images by maps around a target.
 
     The target is uniform in the ranges, φ begins at the identity. Learning rates and spreads of the
-    six numbers are in units of their ranges. A PT step lowers L_PT; a meta step is about log L_PT,
-    which is lowest at the same θ: see `pretrain_loss`.
+    six numbers are in units of their ranges. A PT step lowers L_PT; a meta step is about log L_PT
+    (`log_loss`), which is lowest at the same θ: see `pretrain_loss`.
     """
 
     Settings = AffineSettings
     captions: ClassVar = {"map_error_px": "φ's map to the target's (pixels)"}
     presets: ClassVar = {
-        "paper": {**metapt.PUBLISHED, "meta_lr": 1 / 60, "dropout": 0.0, "spread": JITTER}
+        "paper": {
+            **metapt.PUBLISHED,
+            "meta_lr": 1 / 60,
+            "dropout": 0.0,
+            "spread": JITTER,
+            "log_loss": False,
+        }
     }
 
     def __init__(self, settings, device, data):
@@ -201,7 +208,9 @@ class DigitsAffine(metapt.Digits):
             # Away from PT's minimum a hypergradient of L_PT favours maps that make the gradient of
             # θ longer, which are those that shrink the digits; PT's Adam takes steps that do not
             # depend on its length. log L_PT has the same minimum, and a gradient divided by L_PT.
-            return value if live else value.log()
+            if self.settings.log_loss and not live:
+                return value.log()
+            return value
 
         return loss
 
