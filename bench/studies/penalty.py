@@ -233,7 +233,7 @@ def proteins(
                 network = getattr(trial, name)()
                 result["seconds"] = time.process_time() - begun
                 if name == "learned":
-                    result["told"] = told(trial.domain, trial.timed[0].learned())
+                    result["told"] = told(trial.domain, trial.meta_run.training.learned())
             rows = worth.measured(trial, network)
             result["scores"] = [row["score"] for row in rows]
             store("proteins", key, name, result)

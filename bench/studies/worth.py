@@ -23,7 +23,7 @@ import multiprocessing
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import filelock
 import numpy as np
@@ -33,7 +33,7 @@ import typer
 from scipy import stats
 
 import metapt
-from bench.stored import DOMAINS, RESULTS, save_figure, save_json
+from bench.stored import DOMAINS, RESULTS, load_json, save_figure, save_json
 
 STORED = RESULTS / "worth"
 BASELINES = DOMAINS / "ppi_baselines.py"
@@ -45,12 +45,12 @@ warnings.filterwarnings("ignore", "‖Hq − v‖")
 
 @dataclasses.dataclass
 class Experiment:
-    """What is run: a domain with settings; FT scopes; methods of `Trial` beside those of all."""
+    """What is run: a domain with settings, the scopes of FT, and methods of `Trial`."""
 
     domain: str
     given: dict = dataclasses.field(default_factory=dict)
     scopes: tuple = ("head",)
-    rivals: tuple = ()
+    rivals: tuple = ()  # methods beside those of all experiments
     repeats: int = 2  # FTs of each size, with other examples, heads and batches
     first: int = 20  # of the seeds that are reported
 
@@ -101,6 +101,9 @@ NAMES = {
     "cotrain_phi_online": "CoTrain with φ, θ of that run",
 }
 
+# What `meta` chooses among.
+CHOSEN_AMONG = ("default", "learned", "online")
+
 # The order in the figure: real data as they are, then those of which a part was spoilt or made up.
 IN_FIGURE = (
     "ppi",
@@ -120,31 +123,43 @@ LEARNED = ("learned", "online", "chosen", "cotrain_phi", "cotrain_phi_online")
 COLOURS = {"learned φ": "C0", "oracle φ": "C2", "rivals": "C1"}
 
 
+class MetaRun(NamedTuple):
+    """A run that learned φ, what it is compared with, and what both took."""
+
+    training: metapt.Training
+    afresh: metapt.Network  # PT from scratch with the learned φ
+    seconds: float  # of this process, for both
+
+
 class Trial:
     """One seed of an experiment. A method is a function that gives an encoder; some share what
     others made.
     """
 
     def __init__(self, experiment: Experiment, seed: int, given: dict, data: Path, kind=None):
-        self.experiment, self.seed, self.given, self.data = experiment, seed, given, data
-        kind = kind or metapt.find_domain(experiment.domain)
-        settings = metapt.make_settings(
-            kind, {**experiment.given, **given, "seed": seed}, "default"
-        )
+        self.experiment = experiment
+        self.seed = seed
+        self.given = given
+        self.data = data
+        if kind is None:
+            kind = metapt.find_domain(experiment.domain)
+        all_given = {**experiment.given, **given, "seed": seed}
+        settings = metapt.make_settings(kind, all_given, "default")
         torch.set_num_threads(1)
         self.domain = kind(settings, metapt.pick_device("auto"), data)
 
     def afresh(self, phi: dict | None, domain=None, **other) -> metapt.Network:
+        """PT from scratch with this φ, and with other settings where they are given."""
         plain = copy.copy(domain or self.domain)
         plain.settings = dataclasses.replace(plain.settings, **other)
         return metapt.pretrain_afresh(plain, self.seed, phi)
 
     @functools.cached_property
-    def timed(self):
-        """The meta run, PT afresh with its φ, and this process's seconds (one thread) for both."""
+    def meta_run(self) -> MetaRun:
         begun = time.process_time()
         training = metapt.Training(self.domain, learn=True).run()
-        return training, self.afresh(training.learned().state_dict()), time.process_time() - begun
+        afresh = self.afresh(training.learned().state_dict())
+        return MetaRun(training, afresh, time.process_time() - begun)
 
     def none(self):
         torch.manual_seed(self.seed)
@@ -154,25 +169,28 @@ class Trial:
         return self.afresh(None)
 
     def learned(self):
-        return self.timed[1]
+        return self.meta_run.afresh
 
     def online(self):
-        return self.timed[0].network
+        return self.meta_run.training.network
 
     def longer(self):
         return self.afresh(None, steps=2 * self.domain.settings.steps)
 
     def finetune_alone(self):
         """Encoder and FT head from scratch on the whole FT set, for as many steps as PT."""
-        domain, settings = self.domain, self.domain.settings
+        domain = self.domain
+        settings = domain.settings
         torch.manual_seed(self.seed)
-        network, head = domain.network(), domain.head()
+        network = domain.network()
+        head = domain.head()
         optimizer = metapt.adam([*network.parameters(), *head.parameters()], settings.lr)
         batches = metapt.Batches(domain.sizes["finetune"], settings.batch_size)
         for _ in range(settings.steps):
             loss = domain.finetune_loss(network, head, "finetune", batches.next())
+            value = loss(dict(network.named_parameters()), dict(head.named_parameters()))
             optimizer.zero_grad()
-            loss(dict(network.named_parameters()), dict(head.named_parameters())).backward()
+            value.backward()
             optimizer.step()
         return network
 
@@ -182,61 +200,74 @@ class Trial:
         if isinstance(domain, DigitsNoise):
             return self.afresh(None, KnownNoise.of(domain))
         if hasattr(domain, "permuted"):
-            return self.afresh(
-                {"task_logits": torch.where(torch.from_numpy(domain.permuted), -30.0, 0.0)}
-            )
-        if isinstance(domain, metapt.DigitsRotation) and not hasattr(domain, "oracle_phi"):
-            return self.afresh({"rotation_mean_deg": torch.tensor(domain.settings.target_deg)})
-        return self.afresh(domain.oracle_phi())
+            permuted = torch.from_numpy(domain.permuted)
+            return self.afresh({"task_logits": torch.where(permuted, -30.0, 0.0)})
+        if hasattr(domain, "oracle_phi"):
+            return self.afresh(domain.oracle_phi())
+        return self.afresh({"rotation_mean_deg": torch.tensor(domain.settings.target_deg)})
 
     def wide(self):
         """Without φ: as wide a spread as φ is drawn from in the search, from the first step to the
         last.
         """
-        domain, kind = copy.copy(self.domain), type(self.domain)
-        spread, phi = (
-            ({"spread": 3**-0.5}, None)
-            if hasattr(domain, "draw_phi")
-            else ({"spread_deg": 180 / 3**0.5}, {"rotation_mean_deg": torch.tensor(0.0)})
-        )
+        domain = copy.copy(self.domain)
+        kind = type(self.domain)
+        # A uniform distribution from -r to r has the standard deviation r / √3.
+        if hasattr(domain, "draw_phi"):
+            spread = {"spread": 1 / math.sqrt(3)}  # in units of the ranges
+            phi = None
+        else:
+            spread = {"spread_deg": 180 / math.sqrt(3)}
+            phi = {"rotation_mean_deg": torch.tensor(0.0)}
         wide = copy.copy(domain)
         wide.settings = dataclasses.replace(domain.settings, **spread)
-        domain.pretrain_loss = lambda network, meta, index, _, live: kind.pretrain_loss(
-            wide, network, meta, index, 0.0, live
-        )
+
+        def loss_at_the_start(network, meta, index, progress, live):
+            # At progress 0 the spread has not narrowed yet.
+            return kind.pretrain_loss(wide, network, meta, index, 0.0, live)
+
+        domain.pretrain_loss = loss_at_the_start
         return self.afresh(phi, domain)
 
     def fixed(self):
         """The warp at s = 1.5, which was chosen by looking at these records."""
-        return self.afresh({**self.domain.meta().state_dict(), "warp.scale": torch.tensor(1.5)})
+        phi = self.domain.meta().state_dict()
+        return self.afresh({**phi, "warp.scale": torch.tensor(1.5)})
 
     def search(self, share: float = 1.0):
         """The best by validation of as many φ, drawn at random, as there is time for in a meta run
         and PT afresh.
         """
-        domain, random, spent, found = self.domain, np.random.default_rng(self.seed), 0.0, []
-        while spent < share * self.timed[2]:
+        random = np.random.default_rng(self.seed)
+        spent = 0.0
+        self.draws = 0
+        best = None
+        lowest_loss = math.inf
+        while spent < share * self.meta_run.seconds:
             begun = time.process_time()
-            angle = {"rotation_mean_deg": torch.tensor(random.uniform(-180, 180))}
-            network = self.afresh(domain.draw_phi(random) if hasattr(domain, "draw_phi") else angle)
-            outcome = metapt.finetune(domain, network, domain.finetune_sizes[-1], self.seed)
-            found.append((outcome.lowest_loss, len(found), network))
+            network = self.afresh(self.draw_phi(random))
+            most = self.domain.finetune_sizes[-1]
+            loss = metapt.finetune(self.domain, network, most, self.seed).lowest_loss
+            if loss < lowest_loss:
+                best = network
+                lowest_loss = loss
+            self.draws += 1
             spent += time.process_time() - begun
-        self.draws = len(found)
-        return min(found)[2]
+        return best
+
+    def draw_phi(self, random: np.random.Generator) -> dict:
+        if hasattr(self.domain, "draw_phi"):
+            return self.domain.draw_phi(random)
+        return {"rotation_mean_deg": torch.tensor(random.uniform(-180, 180))}
 
     def search3(self):
         return self.search(3.0)
 
     @functools.cache
-    def beside(self, name: str) -> "Trial":  # the same seed of another domain
-        return Trial(
-            self.experiment,
-            self.seed,
-            self.given,
-            self.data,
-            metapt.find_domain(f"{BASELINES}:{name}"),
-        )
+    def beside(self, name: str) -> "Trial":
+        """The same seed of another domain, a baseline on proteins."""
+        kind = metapt.find_domain(f"{BASELINES}:{name}")
+        return Trial(self.experiment, self.seed, self.given, self.data, kind)
 
     def cotrain(self):
         return self.beside("CoTrain").default()
@@ -261,29 +292,31 @@ class KnownNoise(DigitsNoise):
         return known
 
     def weigh(self, meta, phi, index, live):
-        return 0 * super().weigh(meta, phi, index, live) + (~self.noisy).to(index.device)[index]
+        right = ~self.noisy.to(index.device)[index]
+        # φ must stay what the loss depends on.
+        return 0 * super().weigh(meta, phi, index, live) + right
 
 
 def measured(trial: Trial, network) -> list[dict]:
     """A row for each scope and size of the FT set."""
-    rows, experiment = [], trial.experiment
-    for scope in experiment.scopes:
+    rows = []
+    repeats = trial.experiment.repeats
+    for scope in trial.experiment.scopes:
         domain = copy.copy(trial.domain)
         domain.settings = dataclasses.replace(domain.settings, measure_scope=scope, measure_lr=None)
-        for n in domain.finetune_sizes:
-            outcomes = [
-                metapt.finetune(domain, network, n, 1000 * trial.seed + r)
-                for r in range(experiment.repeats)
-            ]
-            part = next(iter(domain.tests))
-            rows.append(
-                {
-                    "scope": scope,
-                    "ft_examples": n,
-                    "score": float(np.mean([o.scores[part] for o in outcomes])),
-                }
-            )
+        part = next(iter(domain.tests))
+        for size in domain.finetune_sizes:
+            scores = []
+            for repeat in range(repeats):
+                outcome = metapt.finetune(domain, network, size, 1000 * trial.seed + repeat)
+                scores.append(outcome.scores[part])
+            score = float(np.mean(scores))
+            rows.append({"scope": scope, "ft_examples": size, "score": score})
     return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs, and what is stored of them
 
 
 def number_or_text(text: str):
@@ -291,6 +324,12 @@ def number_or_text(text: str):
         return json.loads(text)
     except ValueError:
         return text
+
+
+def seeds_of(text: str) -> range:
+    """From "3-5" or "3"."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
 
 
 @app.command()
@@ -311,12 +350,15 @@ def run(
 ):
     """The methods of one experiment, by seed."""
     experiment = EXPERIMENTS[name]
-    path = out / f"{name}{'-' + variant if variant else ''}.json"
+    file_name = f"{name}-{variant}.json" if variant else f"{name}.json"
+    path = out / file_name
     out.mkdir(parents=True, exist_ok=True)
-    given = {k: number_or_text(v) for k, _, v in (pair.partition("=") for pair in set_ or [])}
+    given = {}
+    for pair in set_ or []:
+        setting, _, value = pair.partition("=")
+        given[setting] = number_or_text(value)
     wanted = tuple(methods.split(",")) if methods else experiment.methods
-    first, _, last = (seeds or f"{experiment.first}-{experiment.first + 9}").partition("-")
-    all_seeds = range(int(first), int(last or first) + 1)
+    all_seeds = seeds_of(seeds or f"{experiment.first}-{experiment.first + 9}")
     if jobs == 1:
         for seed in all_seeds:
             run_seed(name, seed, wanted, given, path, again, data)
@@ -343,36 +385,45 @@ def run_seed(
     """One seed of an experiment, all methods of which are kept in a file as they come."""
     trial = None
     for method in methods:
-        rows = stored(path)["rows"]
-        if not again and any((row["seed"], row["method"]) == (seed, method) for row in rows):
+        if not again and is_stored(path, seed, method):
             continue
-        trial = trial or Trial(EXPERIMENTS[name], seed, given, data)
-        settings = dataclasses.asdict(trial.domain.settings)
-        settings |= {"seed": None, "warmup": trial.domain.settings.warmup_steps}
-        require_same_settings(path, settings)
+        if trial is None:
+            trial = Trial(EXPERIMENTS[name], seed, given, data)
+            settings = settings_to_store(trial.domain.settings)
+            require_same_settings(path, settings)
         begun = time.perf_counter()
         network = getattr(trial, method)()
-        about = {
-            "seed": seed,
-            "method": method,
-            "seconds": round(time.perf_counter() - begun, 1),
-        }
-        if method == "learned":
-            about["phi"] = trial.domain.measure(trial.timed[0].learned())
-        if method in ("search", "search3"):
-            about["draws"] = trial.draws
-        if method in ("default", "learned", "online"):  # what `meta` chooses by
-            about["held"] = metapt.held_score(
-                trial.domain, network, trial.domain.finetune_sizes[-1], seed
-            )
-        new = [{**about, **row} for row in measured(trial, network)]
-        keep(path, settings, new)
-        scores = ", ".join(
-            f"{row['scope']} {row['ft_examples']}: {100 * row['score']:.1f}" for row in new
-        )
-        console.print(
-            f"{name} seed {seed} {method}, {about['seconds']} s: {scores}", highlight=False
-        )
+        seconds = round(time.perf_counter() - begun, 1)
+        about = {"seed": seed, "method": method, "seconds": seconds}
+        about |= more_about(trial, method, network)
+        rows = measured(trial, network)
+        keep(path, settings, [{**about, **row} for row in rows])
+        scores = [f"{row['scope']} {row['ft_examples']}: {100 * row['score']:.1f}" for row in rows]
+        line = f"{name} seed {seed} {method}, {seconds} s: {', '.join(scores)}"
+        console.print(line, highlight=False)
+
+
+def more_about(trial: Trial, method: str, network) -> dict:
+    """What is stored of some methods alone: φ, the draws of a search, what `meta` chooses by."""
+    more = {}
+    if method == "learned":
+        more["phi"] = trial.domain.measure(trial.meta_run.training.learned())
+    if method in ("search", "search3"):
+        more["draws"] = trial.draws
+    if method in CHOSEN_AMONG:
+        most = trial.domain.finetune_sizes[-1]
+        more["held"] = metapt.held_score(trial.domain, network, most, trial.seed)
+    return more
+
+
+def settings_to_store(settings: metapt.Settings) -> dict:
+    """They are those of all seeds."""
+    stored_settings = dataclasses.asdict(settings)
+    return stored_settings | {"seed": None, "warmup": settings.warmup_steps}
+
+
+def is_stored(path: Path, seed: int, method: str) -> bool:
+    return any((row["seed"], row["method"]) == (seed, method) for row in stored(path)["rows"])
 
 
 def require_same_settings(path: Path, settings: dict) -> None:
@@ -392,89 +443,118 @@ def keep(path: Path, settings: dict, new: list[dict]) -> None:
     """Stores the rows of one method and seed in place of those that are there. Others may write to
     the file at the same time.
     """
-    key = new[0]["seed"], new[0]["method"]
+    key = (new[0]["seed"], new[0]["method"])
     with filelock.FileLock(path.with_suffix(".lock")):
         rows = [row for row in stored(path)["rows"] if (row["seed"], row["method"]) != key]
         save_json(path, {"torch": torch.__version__, "settings": settings, "rows": rows + new})
 
 
-def stored(path: Path) -> dict:  # read anew each time: others may write to it meanwhile
-    return json.loads(path.read_text()) if path.exists() else {"settings": {}, "rows": []}
+def stored(path: Path) -> dict:
+    """What is in a file, read anew each time: others may write to it meanwhile."""
+    return load_json(path) or {"settings": {}, "rows": []}
 
 
-def interval(
-    values,
-) -> tuple[float, float]:  # the mean, and half of its 95 % interval (Student's t)
+# ------------------------------------------------------------------------------------------------
+# Tables and a figure
+
+
+def interval(values) -> tuple[float, float]:
+    """The mean, and half of its 95 % interval (Student's t); NaN where there is one value."""
     values = np.asarray(values)
-    if len(values) < 2:
+    count = len(values)
+    if count < 2:
         return float(values.mean()), math.nan
-    return float(values.mean()), float(
-        stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    )
+    stderr = values.std(ddof=1) / np.sqrt(count)
+    return float(values.mean()), float(stats.t.ppf(0.975, count - 1) * stderr)
 
 
-def gain(of: tuple[float, float]) -> str:
-    return f"{of[0]:+.1f}" + ("" if math.isnan(of[1]) else f" ± {of[1]:.1f}")
+def gain(mean_and_half: tuple[float, float]) -> str:
+    mean, half = mean_and_half
+    if math.isnan(half):
+        return f"{mean:+.1f}"
+    return f"{mean:+.1f} ± {half:.1f}"
 
 
 def by_method(rows: list[dict]) -> dict[str, dict[int, dict]]:
     """Scores in %: method → seed → {(scope, FT examples): score}; with what `meta` chooses, by what
     it chooses by.
     """
-    found, held = {}, {}
+    found = {}
+    held = {}
     for row in rows:
-        cell = row["scope"], row["ft_examples"]
-        found.setdefault(row["method"], {}).setdefault(row["seed"], {})[cell] = 100 * row["score"]
+        of_method = found.setdefault(row["method"], {})
+        cell = (row["scope"], row["ft_examples"])
+        of_method.setdefault(row["seed"], {})[cell] = 100 * row["score"]
         if "held" in row:
             held.setdefault(row["seed"], {})[row["method"]] = row["held"]
-    choices = {
-        seed: max(scores, key=scores.get) for seed, scores in held.items() if len(scores) == 3
-    }
-    if choices:
-        found["chosen"] = {seed: found[method][seed] for seed, method in choices.items()}
+    chosen = {}
+    for seed, scores in held.items():
+        if len(scores) == len(CHOSEN_AMONG):
+            chosen[seed] = found[max(scores, key=scores.get)][seed]
+    if chosen:
+        found["chosen"] = chosen
     return found
 
 
 def summary(rows: list[dict]) -> list[dict]:
     """By method: the mean of each cell, the gain on default φ (all cells together, paired by seed),
-    and its share of the oracle's where that is more than nothing beyond its interval.
+    and its share of the oracle's where that is more than nothing beyond its interval. Nothing
+    where the default φ was not measured.
     """
-    found, lines = by_method(rows), []
-    mean = {
-        method: {seed: np.mean(list(cells.values())) for seed, cells in of.items()}
-        for method, of in found.items()
+    found = by_method(rows)
+    if "default" not in found:
+        return []
+    default = found["default"]
+    gaps = {
+        seed: mean_of(cells) - mean_of(default[seed])
+        for seed, cells in found.get("oracle", {}).items()
+        if seed in default
     }
-    for method in [m for m in NAMES if m in found]:
-        seeds = sorted(set(mean[method]) & set(mean["default"]))
-        gains = [mean[method][seed] - mean["default"][seed] for seed in seeds]
-        gap = [
-            mean["oracle"][seed] - mean["default"][seed]
-            for seed in seeds
-            if seed in mean.get("oracle", {})
-        ]
-        cells = next(iter(found[method].values()))
+    lines = []
+    for method in NAMES:
+        if method not in found:
+            continue
+        of_method = found[method]
+        seeds = sorted(set(of_method) & set(default))
+        if not seeds:
+            continue
+        cell_means = {}
+        cell_gains = {}
+        for cell in of_method[seeds[0]]:
+            scores = np.array([of_method[seed][cell] for seed in seeds])
+            cell_means[cell] = scores.mean()
+            cell_gains[cell] = interval(scores - [default[seed][cell] for seed in seeds])
+        gains = [mean_of(of_method[seed]) - mean_of(default[seed]) for seed in seeds]
         seconds = [row["seconds"] for row in rows if row["method"] == method]
         lines.append(
             {
                 "method": method,
                 "seeds": len(seeds),
-                "cells": {
-                    cell: np.mean([found[method][seed][cell] for seed in seeds]) for cell in cells
-                },
-                "gains": {
-                    c: interval([found[method][s][c] - found["default"][s][c] for s in seeds])
-                    for c in cells
-                },
-                "mean": np.mean([mean[method][seed] for seed in seeds]),
+                "cells": cell_means,
+                "gains": cell_gains,
+                "mean": np.mean([mean_of(of_method[seed]) for seed in seeds]),
                 "gain": interval(gains),
                 "worst": min(gains),
-                "share": sum(gains) / sum(gap)
-                if len(gap) == len(gains) and np.subtract(*interval(gap)) > 0
-                else None,
+                "share": share_of_gap(gains, [gaps[seed] for seed in seeds if seed in gaps]),
                 "seconds": np.mean(seconds) if seconds else 0.0,
             }
         )
     return lines
+
+
+def mean_of(cells: dict) -> float:
+    return float(np.mean(list(cells.values())))
+
+
+def share_of_gap(gains: list[float], gaps: list[float]) -> float | None:
+    """Summed gains over summed gains of the oracle; None where there may be no gap."""
+    if len(gaps) < len(gains):
+        return None
+    mean, half = interval(gaps)
+    # Written so that the NaN of a single seed gives None, too.
+    if not mean - half > 0:
+        return None
+    return sum(gains) / sum(gaps)
 
 
 @app.command()
@@ -489,53 +569,53 @@ def report(
     """Tables by experiment, and a figure."""
     figures = {}
     for path in sorted(out.glob("*.json")):
-        if path.stem not in EXPERIMENTS and not variants:
+        of_experiment = path.stem in EXPERIMENTS
+        if not of_experiment and not variants:
             continue
-        first = EXPERIMENTS[path.stem].first if path.stem in EXPERIMENTS else 0
+        first = EXPERIMENTS[path.stem].first if of_experiment else 0
         lines = summary([row for row in stored(path)["rows"] if row["seed"] >= first])
-        if path.stem in EXPERIMENTS:
+        if not lines:
+            console.print(f"{path.stem}: without default φ there is nothing to compare with")
+            continue
+        if of_experiment:
             figures[path.stem] = lines
-        shown = list(lines[0]["cells"])
-        columns = [
-            "",
-            *(f"{scope}, {n}" for scope, n in shown),
-            "mean",
-            "to default φ",
-            "worst",
-            "of the gap",
-            "s",
-            "seeds",
-        ]
-        table = []
-        for line in lines:
-            default = line["method"] == "default"
-            each = [
-                f"{line['cells'][c]:.1f}" if default or not cells else gain(line["gains"][c])
-                for c in shown
-            ]
-            share = "" if default or line["share"] is None else f"{100 * line['share']:.0f} %"
-            versus = ["", ""] if default else [gain(line["gain"]), f"{line['worst']:+.1f}"]
-            table.append(
-                [
-                    NAMES[line["method"]],
-                    *each,
-                    f"{line['mean']:.1f}",
-                    *versus,
-                    share,
-                    f"{line['seconds']:.0f}",
-                    str(line["seeds"]),
-                ]
-            )
+        columns, *table = table_of(lines, cells)
         if markdown:
-            for row in ([f"\n**{path.stem}**\n"], columns, ["---"] * len(columns), *table):
-                print(row[0] if len(row) == 1 else f"| {' | '.join(row)} |")
+            print(f"\n**{path.stem}**\n")
+            for row in (columns, ["---"] * len(columns), *table):
+                print(f"| {' | '.join(row)} |")
         else:
-            metapt.show_table(
-                console, f"{path.stem} (test, %; gains with 95 % intervals)", columns, table
-            )
+            title = f"{path.stem} (test, %; gains with 95 % intervals)"
+            metapt.show_table(console, title, columns, table)
 
     if figures:
         save_figure(out / "worth.png", lambda figure: draw_gains(figure, figures))
+
+
+def table_of(lines: list[dict], with_gains: bool) -> list[list[str]]:
+    """A summary as text, its columns first.
+
+    Args:
+        with_gains: in each cell the gain with its interval, not the mean.
+    """
+    shown = list(lines[0]["cells"])
+    of_cells = [f"{scope}, {size}" for scope, size in shown]
+    rows = [["", *of_cells, "mean", "to default φ", "worst", "of the gap", "s", "seeds"]]
+    for line in lines:
+        means = [f"{line['cells'][cell]:.1f}" for cell in shown]
+        versus = [gain(line["gain"]), f"{line['worst']:+.1f}"]
+        share = "" if line["share"] is None else f"{100 * line['share']:.0f} %"
+        if line["method"] == "default":
+            versus = ["", ""]
+            share = ""
+        elif with_gains:
+            means = [gain(line["gains"][cell]) for cell in shown]
+        name = NAMES[line["method"]]
+        seconds = f"{line['seconds']:.0f}"
+        rows.append(
+            [name, *means, f"{line['mean']:.1f}", *versus, share, seconds, f"{line['seeds']}"]
+        )
+    return rows
 
 
 def kind_of(method: str) -> str:

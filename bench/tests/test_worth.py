@@ -119,7 +119,7 @@ def test_the_oracle_of_wrong_labels_weighs_right_ones_alone():
 
 def test_a_search_has_the_time_of_the_meta_run_and_of_pt_with_its_phi(monkeypatch):
     made, clock = trial("digits-rotation"), [0.0]
-    made.timed = None, None, 10.0
+    made.meta_run = worth.MetaRun(None, None, 10.0)
     monkeypatch.setattr(worth.time, "process_time", lambda: clock[0])
     monkeypatch.setattr(made, "afresh", lambda phi: clock.__setitem__(0, clock[0] + 3) or phi)
     monkeypatch.setattr(
