@@ -100,17 +100,18 @@ class AffineMean(nn.Module):
 @dataclass(frozen=True)
 class AffineSettings(metapt.DigitsSettings):
     steps: int = 850
-    warmup_share: float = 1 / 17
+    # φ that moves before θ knows digits under all maps goes astray where the target is far.
+    warmup_share: float = 6 / 17
     lr: float = 2e-3
     unroll_lr: float = 1e-3
     unroll_batch_size: int = 128
-    meta_every: int = 4
+    meta_every: int = 3
     meta_batch_size: int = 192
     meta_lr: float = 0.05
     meta_lr_decay: float = 0.1
     average: float = 0.5
     solver: str = "cg"
-    terms: int = 10
+    terms: int = 5
     damping: float = 3.0
     measure_steps: int = 300
     range_deg: float = metapt.setting(
@@ -126,7 +127,7 @@ class AffineSettings(metapt.DigitsSettings):
         0.3, "Targets are drawn up to ± this: shear", check=metapt.POSITIVE, data=True
     )
     spread: float = metapt.setting(
-        0.5,
+        1.0,
         "Spread of PT's maps, in ranges; it narrows to 0.02",
         check=metapt.Check(lambda value: value >= JITTER, f"{JITTER} or more"),
         learning=True,

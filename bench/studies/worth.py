@@ -7,10 +7,11 @@ oracle φ and simple rivals.
         table and figure of all that is stored
 
 A seed is that of everything: the parts of the data, θ, batches, FT. Settings were chosen on seeds 0
-to 4 (`--seeds 0-4 --variant NAME --set name=value`); what is reported is of seeds 20 to 29 (40 to
-49 of digits-rotation, whose preset was chosen on 0 to 29). Every method has the same PT data, the
-same FT and validation labels and the same FT. What is stored is not made again, but with `--again`.
-"What `meta` chooses" is chosen here by one seed of PT, in `meta` by --compare.
+to 4 (`--seeds 0-4 --variant NAME --set name=value`); what is reported is of seeds 20 to 29 (of
+digits-rotation 40 to 49 and of digits-affine 30 to 39, whose presets were chosen on lower ones
+too). Every method has the same PT data, the same FT and validation labels and the same FT. What is
+stored is not made again, but with `--again`. "What `meta` chooses" is chosen here by one seed of
+PT, in `meta` by --compare.
 """
 
 import concurrent.futures
@@ -66,7 +67,7 @@ EXPERIMENTS = {
     "digits-noise": Experiment("digits-noise", scopes=("head", "all"), rivals=("oracle",)),
     "mnist-noise": Experiment("mnist-noise", scopes=("head", "all"), rivals=("oracle",), repeats=1),
     "digits-rotation": Experiment("digits-rotation", rivals=SEARCHED, first=40),
-    "digits-affine": Experiment("digits-affine", rivals=SEARCHED),
+    "digits-affine": Experiment("digits-affine", rivals=SEARCHED, first=30),
     "ppi": Experiment("ppi", SHORT, rivals=COTRAINED, repeats=1),
     "ppi-permuted": Experiment(
         "ppi", {**SHORT, "permuted": 0.8}, rivals=("oracle", *COTRAINED), repeats=1
