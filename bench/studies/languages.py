@@ -2,7 +2,7 @@
 
     python -m bench.studies.languages run --data data --seeds 20,21 --targets Faroese-OFT
     python -m bench.studies.languages large --data data
-    python -m bench.studies.languages report [--setting large]
+    python -m bench.studies.languages report [--setting large] [--by-target] [--versus hand]
     python -m bench.studies.languages figure
     python -m bench.studies.languages products
 
@@ -363,7 +363,7 @@ def gains_of(results: dict, method: str, versus: str, column: int | slice) -> np
 def in_points(gains: np.ndarray) -> str:
     found = metapt.mean_and_interval(gains)
     half = None if found["high"] is None else found["high"] - found["mean"]
-    return f"{metapt.percent(found['mean'])} ± {metapt.percent(half)}"
+    return f"{100 * found['mean']:+.1f} ± {metapt.percent(half)}"
 
 
 @app.command()
@@ -372,23 +372,55 @@ def report(
     versus: Annotated[str, typer.Option(help="What gains are measured on")] = "even",
     seeds: Annotated[str, typer.Option(help="With commas; else all")] = "",
     targets: Annotated[str, typer.Option(help="With commas; else all")] = "",
+    by_target: Annotated[bool, typer.Option(help="A row a target, and their mean")] = False,
     markdown: Annotated[bool, typer.Option(help="A table for a page")] = False,
 ):
     """Gains in points: the mean over cells, and half of the 95 % interval."""
     results = stored_of(setting, seeds, targets)
-    columns = (*range(len(COLUMNS)), slice(None))
-    rows = []
-    for method in dict.fromkeys(method for scores in results.values() for method in scores):
-        number = len(gains_of(results, method, versus, 0))
-        gains = [in_points(gains_of(results, method, versus, column)) for column in columns]
-        rows.append([method, f"{number}", *gains])
-    names = ["method", "cells", *COLUMNS, "mean"]
+    methods = list(dict.fromkeys(method for scores in results.values() for method in scores))
+    methods.remove(versus)
+    if by_target:
+        names, *rows = table_by_target(results, methods, versus)
+    else:
+        names, *rows = table_by_method(results, methods, versus)
     title = f"Gain on {versus} (points, mean over cells ± half of the 95 % interval)"
     if markdown:
         for row in (names, ["---"] * len(names), *rows):
             print(f"| {' | '.join(row)} |")
     else:
         metapt.show_table(metapt.make_console(as_json=False), title, names, rows)
+
+
+def table_by_method(results: dict, methods: list[str], versus: str) -> list[list[str]]:
+    """As text, its names first: a row a method, its gain in each column and in their mean."""
+    columns = (*range(len(COLUMNS)), slice(None))
+    rows = [["method", "cells", *COLUMNS, "mean"]]
+    for method in methods:
+        number = len(gains_of(results, method, versus, 0))
+        gains = [in_points(gains_of(results, method, versus, column)) for column in columns]
+        rows.append([method, f"{number}", *gains])
+    return rows
+
+
+def table_by_target(results: dict, methods: list[str], versus: str) -> list[list[str]]:
+    """As text, its names first: a row a target, each method's gain in the mean of the columns."""
+    rows = [["target", "cells", versus, *methods]]
+    means = {method: [] for method in methods}
+    for target in sorted({key.split()[0] for key in results}):
+        cells = {key: scores for key, scores in results.items() if key.split()[0] == target}
+        score = np.mean([scores[versus] for scores in cells.values()])
+        row = [target, f"{len(cells)}", metapt.percent(score)]
+        for method in methods:
+            gains = gains_of(cells, method, versus, slice(None))
+            if len(gains) == 0:
+                row.append("–")
+                continue
+            means[method].append(gains.mean())
+            row.append(f"{100 * gains.mean():+.1f}")
+        rows.append(row)
+    of_targets = [in_points(np.array(means[method])) for method in methods]
+    rows.append(["mean of targets", f"{len(results)}", "", *of_targets])
+    return rows
 
 
 IN_FIGURE = (

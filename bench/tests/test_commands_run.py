@@ -12,6 +12,7 @@ from bench.stored import ROOT
 COMMANDS = (
     "bench.studies.worth report",
     "bench.studies.languages report --seeds 20",
+    "bench.studies.languages report --seeds 20 --by-target --versus hand",
     "bench.studies.languages figure --seeds 20",
     "bench.studies.languages products",
     "bench.studies.penalty report",

@@ -154,3 +154,18 @@ def test_gains_are_paired_by_cell():
     np.testing.assert_allclose(languages.gains_of(results, "learned", "even", 0), [0.1, 0.0])
     by_mean = languages.gains_of(results, "learned", "even", slice(None))
     np.testing.assert_allclose(by_mean, [0.2, 0.1])
+
+
+def test_the_mean_of_targets_gives_each_target_the_same_weight():
+    results = {
+        "A 1": {"even": [0.1, 0.2, 0.3], "learned": [0.2, 0.3, 0.4]},
+        "A 2": {"even": [0.1, 0.2, 0.3], "learned": [0.4, 0.5, 0.6]},
+        "B 1": {"even": [0.5, 0.5, 0.5], "learned": [0.5, 0.5, 0.5], "hand": [0.4, 0.4, 0.4]},
+    }
+    rows = languages.table_by_target(results, ["learned", "hand"], "even")
+    assert rows == [
+        ["target", "cells", "even", "learned", "hand"],
+        ["A", "2", "20.0", "+20.0", "–"],
+        ["B", "1", "50.0", "+0.0", "-10.0"],
+        ["mean of targets", "3", "", "+10.0 ± 127.1", "-10.0 ± –"],
+    ]
