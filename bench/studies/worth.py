@@ -4,7 +4,7 @@ oracle φ and simple rivals.
     python -m bench.studies.worth run digits-noise
         an experiment, stored in bench/results/worth as it goes
     python -m bench.studies.worth report
-        table and figure of all that is stored
+        tables and a figure of all that is stored, with `sources` of bench.studies.languages
 
 A seed is that of everything: the parts of the data, θ, batches, FT. Settings were chosen on seeds 0
 to 4 (`--seeds 0-4 --variant NAME --set name=value`); what is reported is of seeds 20 to 29 (of
@@ -35,6 +35,7 @@ from scipy import stats
 
 import metapt
 from bench.stored import DOMAINS, RESULTS, load_json, save_figure, save_json
+from bench.studies import languages
 
 STORED = RESULTS / "worth"
 BASELINES = DOMAINS / "ppi_baselines.py"
@@ -100,6 +101,15 @@ NAMES = {
     "pcgrad": "CoTrain with PCGrad",
     "cotrain_phi": "CoTrain with φ, PT afresh",
     "cotrain_phi_online": "CoTrain with φ, θ of that run",
+    # Of `sources`.
+    "long": "default φ, PT four times as long",
+    "hand": "related languages by hand",
+    "overlap": "greatest overlap in trigrams",
+    "tagger": "best tagged by FT's tagger",
+    "cotrain-hand": "CoTrain, related languages",
+    "cotrain-overlap": "CoTrain, greatest overlap",
+    "cotrain-tagger": "CoTrain, best tagged",
+    "cotrain-learned": "CoTrain with φ, PT afresh",
 }
 
 # What `meta` chooses among.
@@ -107,6 +117,7 @@ CHOSEN_AMONG = ("default", "learned", "online")
 
 # The order in the figure: real data as they are, then those of which a part was spoilt or made up.
 IN_FIGURE = (
+    "sources",
     "ppi",
     "ppi-bgrl",
     "ecg-from-0.5",
@@ -120,7 +131,14 @@ IN_FIGURE = (
     "digits-affine",
 )
 # What colours tell apart there; all other methods are rivals.
-LEARNED = ("learned", "online", "chosen", "cotrain_phi", "cotrain_phi_online")
+LEARNED = (
+    "learned",
+    "online",
+    "chosen",
+    "cotrain_phi",
+    "cotrain_phi_online",
+    "cotrain-learned",
+)
 COLOURS = {"learned φ": "C0", "oracle φ": "C2", "rivals": "C1"}
 
 
@@ -526,7 +544,7 @@ def summary(rows: list[dict]) -> list[dict]:
             cell_means[cell] = scores.mean()
             cell_gains[cell] = interval(scores - [default[seed][cell] for seed in seeds])
         gains = [mean_of(of_method[seed]) - mean_of(default[seed]) for seed in seeds]
-        seconds = [row["seconds"] for row in rows if row["method"] == method]
+        seconds = [row["seconds"] for row in rows if row["method"] == method and "seconds" in row]
         lines.append(
             {
                 "method": method,
@@ -537,7 +555,7 @@ def summary(rows: list[dict]) -> list[dict]:
                 "gain": interval(gains),
                 "worst": min(gains),
                 "share": share_of_gap(gains, [gaps[seed] for seed in seeds if seed in gaps]),
-                "seconds": np.mean(seconds) if seconds else 0.0,
+                "seconds": np.mean(seconds) if seconds else None,
             }
         )
     return lines
@@ -568,29 +586,55 @@ def report(
     markdown: Annotated[bool, typer.Option(help="As bench/docs has them")] = False,
 ):
     """Tables by experiment, and a figure."""
-    figures = {}
+    rows = {}
+    if out == STORED:
+        rows["sources"] = rows_of_sources()
     for path in sorted(out.glob("*.json")):
-        of_experiment = path.stem in EXPERIMENTS
-        if not of_experiment and not variants:
-            continue
-        first = EXPERIMENTS[path.stem].first if of_experiment else 0
-        lines = summary([row for row in stored(path)["rows"] if row["seed"] >= first])
+        if path.stem in EXPERIMENTS:
+            first = EXPERIMENTS[path.stem].first
+            rows[path.stem] = [row for row in stored(path)["rows"] if row["seed"] >= first]
+        elif variants:
+            rows[path.stem] = stored(path)["rows"]
+
+    figures = {}
+    for name, of_name in rows.items():
+        lines = summary(of_name)
         if not lines:
-            console.print(f"{path.stem}: without default φ there is nothing to compare with")
+            console.print(f"{name}: without default φ there is nothing to compare with")
             continue
-        if of_experiment:
-            figures[path.stem] = lines
+        if name in IN_FIGURE:
+            figures[name] = lines
         columns, *table = table_of(lines, cells)
         if markdown:
-            print(f"\n**{path.stem}**\n")
+            print(f"\n**{name}**\n")
             for row in (columns, ["---"] * len(columns), *table):
                 print(f"| {' | '.join(row)} |")
         else:
-            title = f"{path.stem} (test, %; gains with 95 % intervals)"
+            title = f"{name} (test, %; gains with 95 % intervals)"
             metapt.show_table(console, title, columns, table)
 
     if figures:
         save_figure(out / "worth.png", lambda figure: draw_gains(figure, figures))
+
+
+def rows_of_sources() -> list[dict]:
+    """What bench.studies.languages has stored of the cells that it reports, as rows. What is a
+    seed elsewhere is a target and a seed here.
+    """
+    held = languages.stored(languages.held_scores("default"))
+    rows = []
+    for key, of_cell in languages.stored_of("default", languages.REPORTED).items():
+        for name, scores in of_cell.items():
+            if name == "chosen":  # `by_method` chooses
+                continue
+            method = "default" if name == "even" else name
+            about = {"seed": key, "method": method}
+            if name in held.get(key, {}):
+                about["held"] = held[key][name]
+            for column, score in zip(languages.COLUMNS, scores, strict=True):
+                scope, size = column.split()
+                rows.append({**about, "scope": scope, "ft_examples": int(size), "score": score})
+    return rows
 
 
 def table_of(lines: list[dict], with_gains: bool) -> list[list[str]]:
@@ -612,7 +656,7 @@ def table_of(lines: list[dict], with_gains: bool) -> list[list[str]]:
         elif with_gains:
             means = [gain(line["gains"][cell]) for cell in shown]
         name = NAMES[line["method"]]
-        seconds = f"{line['seconds']:.0f}"
+        seconds = "" if line["seconds"] is None else f"{line['seconds']:.0f}"
         rows.append(
             [name, *means, f"{line['mean']:.1f}", *versus, share, seconds, f"{line['seeds']}"]
         )

@@ -52,7 +52,7 @@ def test_gains_are_paired_by_seed_and_the_share_is_of_sums():
 
 
 def test_the_figure_tells_learned_oracle_and_rivals_apart_and_begins_with_real_data():
-    assert set(worth.IN_FIGURE) == set(worth.EXPERIMENTS)
+    assert set(worth.IN_FIGURE) == {"sources", *worth.EXPERIMENTS}
     scores = {"default": [0.5, 0.7], "learned": [0.6, 0.7], "oracle": [0.7, 0.9]}
     noise = worth.summary(rows_of({**scores, "finetune_alone": [0.4, 0.6]}))
     proteins = worth.summary(rows_of({"default": [0.5, 0.7], "online": [0.6, 0.9]}))
@@ -159,3 +159,21 @@ def test_what_is_stored_is_not_made_again_nor_mixed_with_other_settings(tmp_path
     assert [[row.get(name) for name in same] for row in run(again=True)["rows"]] == [
         [row.get(name) for name in same] for row in first["rows"]
     ]
+
+
+def test_the_cells_of_languages_are_an_experiment_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(worth.languages, "RESULTS", tmp_path)
+    scores = {"even": [0.5, 0.6, 0.7], "learned": [0.6, 0.7, 0.8], "online": [0.6, 0.6, 0.6]}
+    cells = {"A 20": scores, "B 21": scores, "A 0": {"even": [0.0, 0.0, 0.0]}}
+    held = {"A 20": {"even": 0.5, "learned": 0.4, "online": 0.3}, "B 21": {"even": 0.5}}
+    (tmp_path / "default.json").write_text(json.dumps(cells))
+    (tmp_path / "default-held.json").write_text(json.dumps(held))
+    lines = {line["method"]: line for line in worth.summary(worth.rows_of_sources())}
+    assert list(lines) == ["default", "learned", "online", "chosen"]
+    assert lines["default"]["seeds"] == 2
+    assert lines["default"]["cells"] == pytest.approx(
+        {("head", 10): 50, ("head", 100): 60, ("all", 100): 70}
+    )
+    assert lines["learned"]["gain"][0] == pytest.approx(10)
+    assert lines["chosen"]["seeds"] == 1
+    assert lines["chosen"]["gain"][0] == 0
