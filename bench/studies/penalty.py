@@ -15,6 +15,7 @@ What is stored in bench/results/penalty is not made again.
 """
 
 import copy
+import dataclasses
 import time
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -30,7 +31,11 @@ from bench.studies import languages, worth
 
 RESULTS = ALL_RESULTS / "penalty"
 PRESET = "preset: CG 10"
-PROTEINS = worth.EXPERIMENTS["ppi-permuted-zero-biases"]
+# One round at a gentle rate of φ.
+PROTEINS = dataclasses.replace(
+    worth.EXPERIMENTS["ppi-permuted-zero-biases"],
+    given={**worth.SHORT, "permuted": 0.8, "base_rates": False},
+)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
