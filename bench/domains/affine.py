@@ -135,7 +135,9 @@ class AffineSettings(metapt.DigitsSettings):
     narrow: float = metapt.setting(
         1.0, "Share of the run over which it does", check=metapt.SHARE, learning=True
     )
-    log_loss: bool = metapt.setting(True, "Meta steps are about log L_PT", learning=True)
+    log_loss: bool = metapt.setting(
+        True, "The hypergradient is of log L_PT in place of L_PT", learning=True
+    )
 
 
 class DigitsAffine(metapt.Digits):
@@ -160,6 +162,8 @@ class DigitsAffine(metapt.Digits):
 
     def __init__(self, settings, device, data):
         super().__init__(settings, device, data)
+        # The logarithm of a mean is no mean over examples, which ranks could divide.
+        self.mean_over_examples = not settings.log_loss
         ranges = {
             "rotation_deg": settings.range_deg,
             "shift_x_px": settings.range_px,
@@ -208,7 +212,7 @@ class DigitsAffine(metapt.Digits):
             value = F.cross_entropy(logits, labels)
             # Away from PT's minimum a hypergradient of L_PT favours maps that make the gradient of
             # θ longer, which are those that shrink the digits; PT's Adam takes steps that do not
-            # depend on its length. log L_PT has the same minimum, and a gradient divided by L_PT.
+            # depend on its length. log L_PT has the same minimum; its gradient is divided by L_PT.
             if self.settings.log_loss and not live:
                 return value.log()
             return value

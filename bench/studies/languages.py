@@ -14,6 +14,7 @@ The rivals:
 
     even           all sources alike, the default φ
     long           the same for four times as many steps
+    alone          no sources: PT is on FT's sentences alone
     hand           the languages that a linguist would name as related (RELATED), alike
     overlap        the five sources with the most character trigrams in common with FT's sentences
     tagger         the five sources that a tagger of FT's sentences alone tags best
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import rich.console
 import torch
 import typer
 
@@ -146,8 +148,8 @@ def overlapping(domain) -> dict[str, torch.Tensor]:
     return alike(domain, np.argsort(common)[-FEW:].tolist())
 
 
-def best_tagged(domain) -> dict[str, torch.Tensor]:
-    """φ for the sources that a tagger of FT's sentences alone tags best."""
+def tagger_of_finetuning(domain):
+    """Encoder and FT head from scratch on FT's sentences alone, for as many steps as PT."""
     torch.manual_seed(domain.settings.seed)
     network = domain.network()
     head = domain.head()
@@ -160,6 +162,12 @@ def best_tagged(domain) -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    return network, head
+
+
+def best_tagged(domain) -> dict[str, torch.Tensor]:
+    """φ for the sources that a tagger of FT's sentences alone tags best."""
+    network, head = tagger_of_finetuning(domain)
     scores = []
     with torch.no_grad():
         for source in range(len(domain.sources)):
@@ -214,6 +222,9 @@ class Cell:
             return self.learned(setting, cotrain).network
         if method == "search":
             return self.search()
+        if method == "alone":
+            network, _ = tagger_of_finetuning(domain)
+            return network
         return self.pretrained(self.phi(method, setting, cotrain), cotrain=cotrain)
 
     def search(self):
@@ -284,6 +295,10 @@ def store(setting: str, key: str, method: str, scores: list[float]) -> None:
     print(key, method, *(f"{100 * score:.1f}" for score in scores), flush=True)
 
 
+def store_held(setting: str, key: str, method: str, score: float) -> None:
+    add_result(RESULTS / f"{held_scores(setting)}.json", key, method, score)
+
+
 def missing_cells(
     setting: str, seeds: str, targets: str, methods: str, data: Path, again: bool = False
 ) -> Iterator[tuple[str, Cell, str]]:
@@ -305,7 +320,7 @@ def missing_cells(
 
 
 METHODS = (
-    "none even long hand overlap tagger search learned online cotrain cotrain-hand "
+    "none even alone long hand overlap tagger search learned online cotrain cotrain-hand "
     "cotrain-overlap cotrain-tagger cotrain-learned"
 )
 
@@ -323,10 +338,10 @@ def run(
     torch.set_num_threads(1)
     for key, cell, method in missing_cells(setting, seeds, targets, methods, data, again):
         network = cell.network(method, setting)
-        store(setting, key, method, scores_of(cell.domain, network))
+        # First: a method is asked for again as long as its scores are not stored.
         if method in CHOSEN_AMONG:
-            held = cell.held_score(network)
-            add_result(RESULTS / f"{held_scores(setting)}.json", key, method, held)
+            store_held(setting, key, method, cell.held_score(network))
+        store(setting, key, method, scores_of(cell.domain, network))
 
 
 LARGE = {"width": 256, "steps": 3000}
@@ -362,9 +377,19 @@ def gains_of(results: dict, method: str, versus: str, column: int | slice) -> np
 
 
 def in_points(gains: np.ndarray) -> str:
+    if len(gains) == 0:
+        return "–"
     found = metapt.mean_and_interval(gains)
-    half = None if found["high"] is None else found["high"] - found["mean"]
-    return f"{100 * found['mean']:+.1f} ± {metapt.percent(half)}"
+    mean = f"{100 * found['mean']:+.1f}"
+    if found["high"] is None:  # of one cell
+        return mean
+    return f"{mean} ± {100 * (found['high'] - found['mean']):.1f}"
+
+
+def half_of_interval(gains: np.ndarray) -> float:
+    """For a bar; 0 where there is one cell."""
+    found = metapt.mean_and_interval(gains)
+    return 0.0 if found["high"] is None else found["high"] - found["mean"]
 
 
 @app.command()
@@ -378,6 +403,9 @@ def report(
 ):
     """Gains in points: the mean over cells, and half of the 95 % interval."""
     results = stored_of(setting, seeds, targets)
+    results = {key: scores for key, scores in results.items() if versus in scores}
+    if not results:
+        raise SystemExit(f"no such cell of {setting} has {versus}")
     methods = list(dict.fromkeys(method for scores in results.values() for method in scores))
     methods.remove(versus)
     if by_target:
@@ -389,7 +417,7 @@ def report(
         for row in (names, ["---"] * len(names), *rows):
             print(f"| {' | '.join(row)} |")
     else:
-        metapt.show_table(metapt.make_console(as_json=False), title, names, rows)
+        metapt.show_table(rich.console.Console(width=200), title, names, rows)
 
 
 def table_by_method(results: dict, methods: list[str], versus: str) -> list[list[str]]:
@@ -420,24 +448,15 @@ def table_by_target(results: dict, methods: list[str], versus: str) -> list[list
             row.append(f"{100 * gains.mean():+.1f}")
         rows.append(row)
     of_targets = [in_points(np.array(means[method])) for method in methods]
-    rows.append(["mean of targets", f"{len(results)}", "", *of_targets])
+    rows.append(["mean of targets", "", "", *of_targets])
     return rows
 
 
+BEFORE_COTRAIN = METHODS.split().index("cotrain")
 IN_FIGURE = (
-    "long",
-    "hand",
-    "overlap",
-    "tagger",
-    "search",
-    "learned",
-    "online",
+    *METHODS.split()[2:BEFORE_COTRAIN],
     "chosen",
-    "cotrain",
-    "cotrain-hand",
-    "cotrain-overlap",
-    "cotrain-tagger",
-    "cotrain-learned",
+    *METHODS.split()[BEFORE_COTRAIN:],
 )
 WITH_LEARNED_SHARES = ("learned", "online", "chosen", "cotrain-learned")
 
@@ -458,12 +477,11 @@ def figure(
         for position, method in enumerate(methods):
             gains = 100 * gains_of(results, method, "even", slice(None))
             colour = "C3" if method in WITH_LEARNED_SHARES else "0.45"
-            found = metapt.mean_and_interval(gains)
             axis.plot(gains, [position] * len(gains), ".", ms=3, color=colour, alpha=0.35)
             axis.errorbar(
-                found["mean"],
+                gains.mean(),
                 position,
-                xerr=found["high"] - found["mean"],
+                xerr=half_of_interval(gains),
                 fmt="o",
                 ms=4,
                 capsize=2,
@@ -491,10 +509,9 @@ def products(seeds: Annotated[str, typer.Option(help="With commas")] = "0"):
         axis = figure.subplots()
         for setting, number in BY_PRODUCTS.items():
             gains = 100 * gains_of(by_setting[setting], "learned", "even", slice(None))
-            found = metapt.mean_and_interval(gains)
-            half = found["high"] - found["mean"]
+            half = half_of_interval(gains)
             axis.plot([number] * len(gains), gains, ".", ms=3, color="C3", alpha=0.35)
-            axis.errorbar(number, found["mean"], yerr=half, fmt="o", ms=4, capsize=2, color="C3")
+            axis.errorbar(number, gains.mean(), yerr=half, fmt="o", ms=4, capsize=2, color="C3")
             print(setting, len(gains), in_points(gains / 100))
         for rival, style in (("tagger", "-"), ("overlap", "--"), ("hand", ":")):
             mean = 100 * gains_of(by_setting["default"], rival, "even", slice(None)).mean()

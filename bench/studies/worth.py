@@ -114,6 +114,8 @@ NAMES = {
     "cotrain-learned": "CoTrain with φ, PT afresh",
 }
 
+# Methods of bench.studies.languages that have another name here.
+OF_SOURCES = {"even": "default", "alone": "finetune_alone"}
 # What `meta` chooses among.
 CHOSEN_AMONG = ("default", "learned", "online")
 
@@ -438,7 +440,7 @@ def more_about(trial: Trial, method: str, network) -> dict:
 
 
 def settings_to_store(settings: metapt.Settings) -> dict:
-    """They are those of all seeds."""
+    """The settings without the seed, as a file holds several, and with the warm-up in steps."""
     stored_settings = dataclasses.asdict(settings)
     return stored_settings | {"seed": None, "warmup": settings.warmup_steps}
 
@@ -466,6 +468,7 @@ def keep(path: Path, settings: dict, new: list[dict]) -> None:
     """
     key = (new[0]["seed"], new[0]["method"])
     with filelock.FileLock(path.with_suffix(".lock")):
+        require_same_settings(path, settings)
         rows = [row for row in stored(path)["rows"] if (row["seed"], row["method"]) != key]
         save_json(path, {"torch": torch.__version__, "settings": settings, "rows": rows + new})
 
@@ -511,7 +514,8 @@ def by_method(rows: list[dict]) -> dict[str, dict[int, dict]]:
     chosen = {}
     for seed, scores in held.items():
         if len(scores) == len(CHOSEN_AMONG):
-            chosen[seed] = found[max(scores, key=scores.get)][seed]
+            best = max(CHOSEN_AMONG, key=scores.get)  # of equal ones the first: default φ
+            chosen[seed] = found[best][seed]
     if chosen:
         found["chosen"] = chosen
     return found
@@ -589,7 +593,7 @@ def report(
 ):
     """Tables by experiment, and a figure."""
     rows = {}
-    if out == STORED:
+    if out.resolve() == STORED:
         rows["sources"] = rows_of_sources()
     for path in sorted(out.glob("*.json")):
         if path.stem in EXPERIMENTS:
@@ -625,11 +629,12 @@ def rows_of_sources() -> list[dict]:
     """
     held = languages.stored(languages.held_scores("default"))
     rows = []
-    for key, of_cell in languages.stored_of("default", languages.REPORTED).items():
+    for key, of_cell in languages.stored("default").items():
+        _, seed = key.split()
+        if seed not in languages.REPORTED.split(","):
+            continue
         for name, scores in of_cell.items():
-            if name == "chosen":  # `by_method` chooses
-                continue
-            method = "default" if name == "even" else name
+            method = OF_SOURCES.get(name, name)
             about = {"seed": key, "method": method}
             if name in held.get(key, {}):
                 about["held"] = held[key][name]
@@ -647,7 +652,7 @@ def table_of(lines: list[dict], with_gains: bool) -> list[list[str]]:
     """
     shown = list(lines[0]["cells"])
     of_cells = [f"{scope}, {size}" for scope, size in shown]
-    rows = [["", *of_cells, "mean", "to default φ", "worst", "of the gap", "s", "seeds"]]
+    rows = [["", *of_cells, "mean", "to default φ", "worst", "of the gap", "s", "seeds or cells"]]
     for line in lines:
         means = [f"{line['cells'][cell]:.1f}" for cell in shown]
         versus = [gain(line["gain"]), f"{line['worst']:+.1f}"]

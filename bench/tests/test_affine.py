@@ -214,6 +214,16 @@ def test_the_meta_step_has_the_logarithm_of_the_loss_that_pretraining_lowers(log
     torch.testing.assert_close(of_meta_step, expected)
 
 
+def test_ranks_may_share_the_plain_loss_alone():
+    """The logarithm of a mean is not the mean of the parts' logarithms."""
+    assert not domain_of(affine.DigitsAffine).mean_over_examples
+    assert domain_of(affine.DigitsAffine, log_loss=False).mean_over_examples
+
+
+def test_the_published_procedure_has_the_plain_loss():
+    assert affine.DigitsAffine.presets["paper"]["log_loss"] is False
+
+
 def test_hypergradients_against_central_differences():
     with in_float64():
         check_hypergradient(domain_of(affine.DigitsAffine, unroll_lr=0.05, seed=0))

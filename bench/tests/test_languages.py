@@ -1,14 +1,16 @@
 """bench.studies.languages: the rivals of learned shares, what is chosen, and what is stored."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from datasets import write_treebanks
-from tools import flat
+from tools import flat, spy
 
 import metapt
 from bench.stored import load_json
-from bench.studies import languages
+from bench.studies import languages, worth
 from data_scripts import ud
 
 TARGET = "Alpha-One"
@@ -69,11 +71,21 @@ def test_the_choice_by_hand_is_of_the_related_languages(small, data):
     assert shares == pytest.approx({"Beta-One": 0, "Gamma-One": 1, "Omega-One": 0}, abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["overlap", "tagger"])
-def test_rules_give_the_best_sources_equal_shares(small, data, method):
+def test_the_taggers_choice_leaves_out_the_source_that_it_tags_worst(small, data):
     cell = languages.Cell(data, TARGET, 0)
-    shares = shares_of(cell, cell.phi(method, "default", 0.0))
-    assert sorted(shares.values()) == pytest.approx([0, 0.5, 0.5], abs=1e-6)
+    domain = cell.domain
+    network, head = languages.tagger_of_finetuning(domain)
+    accuracy = {}
+    for source, name in enumerate(domain.sources):
+        grams, tags = domain.sentences(languages.rows_of_source(domain, source))
+        with torch.no_grad():
+            accuracy[name] = domain.score(head(network(grams, features=True)), tags)
+    shares = shares_of(cell, cell.phi("tagger", "default", 0.0))
+    worst = min(accuracy, key=accuracy.get)
+    expected = {name: 0.5 * (name != worst) for name in domain.sources}
+    assert shares == pytest.approx(expected, abs=1e-6)
+    assert len(set(accuracy.values())) == 3
+    assert torch.equal(flat(cell.network("alone", "default")), flat(network))
 
 
 def test_the_overlap_is_in_groups_of_three_letters(small, data):
@@ -93,19 +105,78 @@ def test_the_overlap_is_in_groups_of_three_letters(small, data):
 
 def test_search_keeps_the_draw_whose_validation_loss_is_lowest(small, data, monkeypatch):
     cell = languages.Cell(data, TARGET, 0)
-    losses = []
+    losses = iter([0.3, 0.1, 0.2])
     networks = []
+    shares = []
 
     def finetune(domain, network, examples, seed):
+        assert (examples, seed) == (20, 0)
         networks.append(flat(network))
-        losses.append([0.3, 0.1, 0.2][len(losses)])
-        return metapt.Finetuned({"test": 0.0}, losses[-1])
+        return metapt.Finetuned({"test": 0.0}, next(losses))
 
     monkeypatch.setattr(metapt, "finetune", finetune)
+    spy(monkeypatch, metapt, "pretrain_afresh", lambda *given: shares.append(given[2]))
     found = flat(cell.network("search", "default"))
-    assert len(losses) == 3
+    assert len(networks) == 3
     assert torch.equal(found, networks[1])
     assert not torch.equal(networks[0], networks[1])
+    for phi in shares:
+        drawn = sorted(shares_of(cell, phi).values())
+        assert drawn == pytest.approx([0, 0.5, 0.5], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "cotrain", "shares"),
+    [
+        ("even", 12, 0.0, None),
+        ("long", 48, 0.0, None),
+        ("hand", 12, 0.0, "hand"),
+        ("learned", 12, 0.0, "learned"),
+        ("cotrain", 12, 0.2, None),
+        ("cotrain-hand", 12, 0.2, "hand"),
+        ("cotrain-learned", 12, 0.2, "learned"),
+    ],
+)
+def test_a_method_pretrains_with_its_shares(
+    small, data, monkeypatch, method, steps, cotrain, shares
+):
+    cell = languages.Cell(data, TARGET, 3)
+    asked = []
+    spy(monkeypatch, metapt, "pretrain_afresh", lambda *given: asked.append(given))
+    cell.network(method, "default")
+    [(domain, seed, phi)] = asked
+    assert (domain.settings.steps, domain.settings.cotrain, seed) == (steps, cotrain, 3)
+    if shares is None:
+        assert phi is None
+    else:
+        assert torch.equal(phi["logits"], cell.phi(shares, "default", cotrain)["logits"])
+
+
+def test_one_run_serves_learned_and_online_and_has_the_settings_by_name(small, data, monkeypatch):
+    cell = languages.Cell(data, TARGET, 0)
+    asked = []
+    spy(monkeypatch, metapt.Training, "__init__", lambda *given, **_: asked.append(given[1]))
+    online = cell.network("online", "default")
+    cell.phi("learned", "default", 0.0)
+    [domain] = asked
+    assert domain.settings.solver == LEARNING["solver"]
+    assert online is cell.learned("default", 0.0).network
+    assert cell.learned("default", 0.2).domain.settings.cotrain == 0.2
+
+
+def test_scores_are_after_ft_of_a_head_on_few_and_on_all_and_of_everything(
+    small, data, monkeypatch
+):
+    cell = languages.Cell(data, TARGET, 4)
+    asked = []
+
+    def finetune(domain, network, examples, seed):
+        asked.append((domain.settings.measure_scope, examples, seed))
+        return metapt.Finetuned({"test": float(len(asked))}, 0.0)
+
+    monkeypatch.setattr(metapt, "finetune", finetune)
+    assert languages.scores_of(cell.domain, cell.domain.network()) == [1, 2, 3]
+    assert asked == [("head", 10, 4), ("head", 20, 4), ("all", 20, 4)]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +202,12 @@ def test_what_is_stored_is_not_made_again_unless_that_is_asked_for(small, data, 
     first = (small / "default.json").read_bytes()
     held = load_json(small / "default-held.json")
     assert set(held[f"{TARGET} 5"]) == {"even", "learned", "online"}
+    cell = languages.Cell(data, TARGET, 5)
+    network = cell.network("online", "default")
+    of_cell = load_json(small / "default.json")[f"{TARGET} 5"]
+    assert of_cell["online"] == languages.scores_of(cell.domain, network)
+    expected = metapt.held_score(cell.domain, network, 20, 5)
+    assert held[f"{TARGET} 5"]["online"] == expected
 
     languages.run("5", methods=methods, again=False, **given)
     assert capsys.readouterr().out == ""
@@ -158,14 +235,47 @@ def test_gains_are_paired_by_cell():
 
 def test_the_mean_of_targets_gives_each_target_the_same_weight():
     results = {
-        "A 1": {"even": [0.1, 0.2, 0.3], "learned": [0.2, 0.3, 0.4]},
-        "A 2": {"even": [0.1, 0.2, 0.3], "learned": [0.4, 0.5, 0.6]},
-        "B 1": {"even": [0.5, 0.5, 0.5], "learned": [0.5, 0.5, 0.5], "hand": [0.4, 0.4, 0.4]},
+        "A 1": {"hand": [0.1, 0.2, 0.3], "learned": [0.2, 0.3, 0.4], "even": [0.0, 0.0, 0.0]},
+        "A 2": {"hand": [0.1, 0.2, 0.3], "learned": [0.4, 0.5, 0.6], "even": [0.0, 0.0, 0.0]},
+        "A 3": {"hand": [0.1, 0.2, 0.3], "learned": [0.3, 0.4, 0.5], "even": [0.0, 0.0, 0.0]},
+        "B 1": {"hand": [0.5, 0.5, 0.5], "learned": [0.5, 0.5, 0.5]},
     }
-    rows = languages.table_by_target(results, ["learned", "hand"], "even")
+    rows = languages.table_by_target(results, ["learned", "even"], "hand")
     assert rows == [
-        ["target", "cells", "even", "learned", "hand"],
-        ["A", "2", "20.0", "+20.0", "–"],
-        ["B", "1", "50.0", "+0.0", "-10.0"],
-        ["mean of targets", "3", "", "+10.0 ± 127.1", "-10.0 ± –"],
+        ["target", "cells", "hand", "learned", "even"],
+        ["A", "3", "20.0", "+20.0", "-20.0"],
+        ["B", "1", "50.0", "+0.0", "–"],
+        ["mean of targets", "", "", "+10.0 ± 127.1", "-20.0"],
     ]
+
+
+def test_a_report_is_of_the_cells_that_have_what_gains_are_measured_on(small, capsys):
+    cells = {
+        "A 1": {"even": [0.1] * 3, "learned": [0.2] * 3, "online": [0.4] * 3},
+        "B 1": {"even": [0.5] * 3, "learned": [0.5] * 3},
+    }
+    (small / "default.json").write_text(json.dumps(cells))
+    for by_target in (False, True):
+        languages.report("default", "online", "", "", by_target=by_target, markdown=True)
+        _, _, *rows = capsys.readouterr().out.splitlines()
+        assert len(rows) == 2
+        assert "B" not in [row.split()[1] for row in rows]
+        assert "-20.0" in rows[-1]
+    with pytest.raises(SystemExit, match="no such cell of default has onlin$"):
+        languages.report("default", "onlin", "", "", by_target=False, markdown=True)
+
+
+def test_figures_are_drawn_of_methods_that_one_cell_has(small, monkeypatch):
+    rivals = {"tagger": [0.1] * 3, "overlap": [0.1] * 3, "hand": [0.1] * 3}
+    cells = {"A 0": {"even": [0.1] * 3, "learned": [0.2] * 3, **rivals}}
+    for setting in languages.BY_PRODUCTS:
+        (small / f"{setting}.json").write_text(json.dumps(cells))
+    languages.figure("default", "")
+    languages.products("0")
+    assert {path.name for path in small.glob("*.png")} == {"gains.png", "products.png"}
+
+
+def test_every_method_is_in_the_figures_and_has_a_name():
+    methods = set(languages.METHODS.split())
+    assert set(languages.IN_FIGURE) == methods - {"none", "even"} | {"chosen"}
+    assert {worth.OF_SOURCES.get(name, name) for name in methods} <= set(worth.NAMES)

@@ -74,6 +74,8 @@ def test_what_is_chosen_has_the_highest_held_score_of_the_three():
     rows = rows_of({"default": [0.5, 0.5]}, held=0.6) + rows_of({"learned": [0.7, 0.1]}, held=0.5)
     rows += [row | {"held": 0.7 if row["seed"] else 0.1} for row in rows_of({"online": [0.9, 0.8]})]
     assert worth.by_method(rows)["chosen"] == {0: {("head", 30): 50.0}, 1: {("head", 30): 80.0}}
+    of_equal_ones = [row | {"held": 0.5} for row in reversed(rows)]
+    assert worth.by_method(of_equal_ones)["chosen"][1] == {("head", 30): 50.0}
 
 
 @pytest.mark.parametrize(
@@ -163,9 +165,9 @@ def test_what_is_stored_is_not_made_again_nor_mixed_with_other_settings(tmp_path
 
 def test_the_cells_of_languages_are_an_experiment_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(worth.languages, "RESULTS", tmp_path)
-    scores = {"even": [0.5, 0.6, 0.7], "learned": [0.6, 0.7, 0.8], "online": [0.6, 0.6, 0.6]}
+    scores = {"even": [0.5, 0.6, 0.7], "learned": [0.6, 0.7, 0.8], "online": [0.6, 0.6, 0.9]}
     cells = {"A 20": scores, "B 21": scores, "A 0": {"even": [0.0, 0.0, 0.0]}}
-    held = {"A 20": {"even": 0.5, "learned": 0.4, "online": 0.3}, "B 21": {"even": 0.5}}
+    held = {"A 20": {"even": 0.4, "learned": 0.5, "online": 0.3}, "B 21": {"even": 0.5}}
     (tmp_path / "default.json").write_text(json.dumps(cells))
     (tmp_path / "default-held.json").write_text(json.dumps(held))
     lines = {line["method"]: line for line in worth.summary(worth.rows_of_sources())}
@@ -176,4 +178,38 @@ def test_the_cells_of_languages_are_an_experiment_of_their_own(tmp_path, monkeyp
     )
     assert lines["learned"]["gain"][0] == pytest.approx(10)
     assert lines["chosen"]["seeds"] == 1
-    assert lines["chosen"]["gain"][0] == 0
+    assert lines["chosen"]["gain"][0] == pytest.approx(10)
+
+
+def test_a_table_has_means_or_gains_and_no_gain_of_the_default():
+    scores = {"default": [0.5, 0.7], "learned": [0.6, 0.9], "oracle": [0.8, 0.99]}
+    rows = rows_of(scores) + [row | {"ft_examples": 100} for row in rows_of(scores)]
+    for row in rows:
+        if row["ft_examples"] == 100 and row["method"] == "learned":
+            row["score"] -= 0.1
+    lines = worth.summary(rows)
+    columns, *means = worth.table_of(lines, with_gains=False)
+    assert columns[:4] == ["", "head, 30", "head, 100", "mean"]
+    assert means[0] == ["default φ", "60.0", "60.0", "60.0", "", "", "", "1", "2"]
+    share = f"{100 * 0.2 / 0.59:.0f} %"
+    gain = worth.gain(worth.interval([5, 15]))
+    assert means[1][1:] == ["75.0", "65.0", "70.0", gain, "+5.0", share, "1", "2"]
+    _, *gains = worth.table_of(lines, with_gains=True)
+    assert gains[0] == means[0]
+    in_cells = [worth.gain(worth.interval(points)) for points in ([10, 20], [0, 10])]
+    assert gains[1][1:3] == in_cells
+
+
+def test_a_report_is_of_the_seeds_that_are_reported(tmp_path, capsys):
+    rows = rows_of({"default": [0.5, 0.7], "learned": [0.6, 0.9]})
+    fresh = [row | {"seed": row["seed"] + 40, "score": 0.5} for row in rows]
+    content = {"settings": {}, "rows": rows + fresh}
+    (tmp_path / "digits-rotation.json").write_text(json.dumps(content))
+    worth.report(tmp_path, variants=False, cells=False, markdown=True)
+    learned = capsys.readouterr().out.splitlines()[-1]
+    assert learned.split(" | ")[1:3] == ["50.0", "50.0"]
+
+
+def test_one_seed_has_no_share_of_the_gap():
+    assert worth.share_of_gap([1.0], [2.0]) is None
+    assert worth.share_of_gap([1.0, 1.0], [2.0, 2.1]) == pytest.approx(2 / 4.1)
