@@ -213,3 +213,41 @@ def test_a_report_is_of_the_seeds_that_are_reported(tmp_path, capsys):
 def test_one_seed_has_no_share_of_the_gap():
     assert worth.share_of_gap([1.0], [2.0]) is None
     assert worth.share_of_gap([1.0, 1.0], [2.0, 2.1]) == pytest.approx(2 / 4.1)
+
+
+def test_longer_is_twice_as_long_and_with_the_default_phi(monkeypatch):
+    made = trial("digits-rotation", steps=7, warmup=2)
+    seen = []
+    monkeypatch.setattr(metapt, "pretrain_afresh", lambda *given: seen.append(given))
+    made.longer()
+    [(domain, seed, phi)] = seen
+    assert (domain.settings.steps, seed, phi) == (14, 0, None)
+    assert made.domain.settings.steps == 7
+
+
+def test_the_oracle_of_permuted_tasks_leaves_them_alone(monkeypatch):
+    made = trial("digits-rotation")
+    made.domain.permuted = np.array([True, False, True])
+    seen = []
+    monkeypatch.setattr(metapt, "pretrain_afresh", lambda *given: seen.append(given[2]))
+    made.oracle()
+    weights = seen[0]["task_logits"].softmax(0)
+    assert weights.tolist() == pytest.approx([0, 1, 0], abs=1e-6)
+
+
+def test_seeds_are_kept_in_one_file(tmp_path, capsys):
+    for seeds in ("0", "1"):
+        worth.run(
+            "digits-rotation",
+            seeds=seeds,
+            methods="default",
+            variant="quick",
+            set_=QUICK,
+            again=False,
+            data=ROOT / "data",
+            out=tmp_path,
+        )
+    stored = json.loads((tmp_path / "digits-rotation-quick.json").read_text())
+    assert {row["seed"] for row in stored["rows"]} == {0, 1}
+    assert stored["settings"]["seed"] is None
+    assert stored["settings"]["warmup"] == 2
