@@ -30,6 +30,12 @@ def add_result(path: Path, key: str, name: str, result) -> None:
     save_json(path, results)
 
 
+def print_markdown(columns: list[str], rows: list[list[str]]) -> None:
+    """A table as the pages in bench/docs have it."""
+    for row in (columns, ["---"] * len(columns), *rows):
+        print(f"| {' | '.join(row)} |")
+
+
 def save_figure(path: Path, draw: Callable) -> None:
     """What `draw` makes of an empty matplotlib Figure, as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ import pandas
 import pytest
 import torch
 
+from data_scripts import ud
 from data_scripts.files import digest, prepared_folder
 from data_scripts.graphs import RawGraphs, prepare_graphs
 from data_scripts.ptbxl import LEADS
@@ -271,6 +272,19 @@ def write_treebanks(folder: Path) -> Path:
     for number, name in enumerate(TREEBANKS):
         write_treebank(folder / f"UD_{name}", f"x{number}", made_up(name))
     return folder
+
+
+def prepare_treebanks(home: Path) -> Path:
+    """A folder in which `sources` can run: all of TREEBANKS, prepared.
+
+    Returns:
+        Where its prepared data lie, `--data` of the commands.
+    """
+    write_treebanks(home / "treebanks")
+    data = home / "data"
+    (data / "ud").mkdir(parents=True)
+    ud.prepare(home / "treebanks", data / "ud" / "prepared")
+    return data
 
 
 def load_prepared(folder: Path) -> dict[str, np.ndarray]:

@@ -39,7 +39,7 @@ import typer
 
 import metapt
 from bench.stored import RESULTS as ALL_RESULTS
-from bench.stored import add_result, load_json, save_figure
+from bench.stored import add_result, load_json, print_markdown, save_figure
 
 RESULTS = ALL_RESULTS / "languages"
 COLUMNS = ("head 10", "head 100", "all 100")
@@ -414,8 +414,7 @@ def report(
         names, *rows = table_by_method(results, methods, versus)
     title = f"Gain on {versus} (points, mean over cells ± half of the 95 % interval)"
     if markdown:
-        for row in (names, ["---"] * len(names), *rows):
-            print(f"| {' | '.join(row)} |")
+        print_markdown(names, rows)
     else:
         metapt.show_table(rich.console.Console(width=200), title, names, rows)
 
@@ -452,6 +451,7 @@ def table_by_target(results: dict, methods: list[str], versus: str) -> list[list
     return rows
 
 
+# All methods but "none" and "even", with "chosen" before those that cotrain.
 BEFORE_COTRAIN = METHODS.split().index("cotrain")
 IN_FIGURE = (
     *METHODS.split()[2:BEFORE_COTRAIN],

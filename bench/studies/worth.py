@@ -34,7 +34,7 @@ import typer
 from scipy import stats
 
 import metapt
-from bench.stored import DOMAINS, RESULTS, load_json, save_figure, save_json
+from bench.stored import DOMAINS, RESULTS, load_json, print_markdown, save_figure, save_json
 from bench.studies import languages
 
 STORED = RESULTS / "worth"
@@ -613,8 +613,7 @@ def report(
         columns, *table = table_of(lines, cells)
         if markdown:
             print(f"\n**{name}**\n")
-            for row in (columns, ["---"] * len(columns), *table):
-                print(f"| {' | '.join(row)} |")
+            print_markdown(columns, table)
         else:
             title = f"{name} (test, %; gains with 95 % intervals)"
             metapt.show_table(console, title, columns, table)

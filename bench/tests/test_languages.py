@@ -5,13 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import write_treebanks
+from datasets import prepare_treebanks
 from tools import flat, spy
 
 import metapt
 from bench.stored import load_json
 from bench.studies import languages, worth
-from data_scripts import ud
 
 TARGET = "Alpha-One"
 SMALL = {
@@ -35,11 +34,7 @@ LEARNING = {"solver": "identity", "damping": 0.0}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Prepared treebanks of four made-up languages."""
-    folder = tmp_path_factory.mktemp("languages")
-    write_treebanks(folder / "treebanks")
-    (folder / "ud").mkdir()
-    ud.prepare(folder / "treebanks", folder / "ud" / "prepared")
-    return folder
+    return prepare_treebanks(tmp_path_factory.mktemp("languages"))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from datasets import ENDINGS, TREEBANKS, made_up, write_treebank, write_treebanks
+from datasets import ENDINGS, TREEBANKS, made_up, prepare_treebanks, write_treebank
 from matplotlib.figure import Figure
 from tools import (
     KILLED,
@@ -66,9 +66,7 @@ UNEVEN = torch.tensor([0.6, 0.1, 0.3])
 def home(tmp_path_factory) -> Path:
     """A folder in which `sources` can run."""
     folder = tmp_path_factory.mktemp("home")
-    write_treebanks(folder / "treebanks")
-    (folder / "data" / "ud").mkdir(parents=True)
-    ud.prepare(folder / "treebanks", folder / "data" / "ud" / "prepared")
+    prepare_treebanks(folder)
     return folder
 
 
